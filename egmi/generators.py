@@ -6,7 +6,7 @@
 __all__ = ['SAMPLE_RATE', 'N_FFT', 'HOP', 'N_MELS', 'ORIGINAL_HEADS', 'denoise', 'guided', 'generators_for', 'check_source',
            'LatentDiffusion', 'StableDiffusion', 'mel_filters', 'log_mel', 'attention_heads', 'AudioLDM']
 
-# %% ../nbs/06_generators.ipynb #50c65667
+# %% ../nbs/06_generators.ipynb #8ec8eae9
 import inspect
 from functools import cached_property, lru_cache
 from math import ceil, prod
@@ -21,7 +21,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from fastcore.basics import patch
 from PIL import Image
 from torchaudio.functional import melscale_fbanks
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import ClapTextModelWithProjection, CLIPTextModel, CLIPTokenizer, RobertaTokenizer, SpeechT5HifiGan
 
 # %% ../nbs/06_generators.ipynb #0d82353e

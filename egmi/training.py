@@ -54,17 +54,18 @@ def drop_modalities(
     features = [None if u > 1 - caption_only else f_D for u, f_D in zip(u_N, features_ND)]
     return texts, features
 
-# %% ../nbs/09_training.ipynb #d46fb717
+# %% ../nbs/09_training.ipynb #98ab7266
 def cache_prefixes(
     panda:PandaGPT,
     texts:list[str],    # what the human says, N of them
     features=None,      # as `PandaGPT.embed_prompts` takes them
     batch_size:int=16,  # prompts at once
-    desc:str='prefixes' # shown by the progress bar
+    desc:str='prefixes',# shown by the progress bar
+    progress:bool=True  # show one
 )->list:                # one PrefixCache per prompt
     "Run every prompt once"
     features, caches = [None] * len(texts) if features is None else features, []
-    for start in tqdm(range(0, len(texts), batch_size), desc=desc, unit='batch', mininterval=2):
+    for start in tqdm(range(0, len(texts), batch_size), desc=desc, unit='batch', mininterval=2, disable=not progress):
         rows = slice(start, start + batch_size)
         batch = panda.prefix(*panda.embed_prompts(texts[rows], features[rows]))
         caches += [batch[i] for i in range(len(batch))]

@@ -109,12 +109,12 @@ def train_unet(making:Making, corpus, vae, clap, empty_C, features, config:FitCo
         return denoising_loss(lambda x, t: unet(x, t, encoder_hidden_states=None, class_labels=clap_BC).sample, latents_NCTF[rows], schedule)
     return making.fit('unet', unet, loss_fn, config)
 
-# %% ../../nbs/mini/11_audioldm.ipynb #09774963
+# %% ../../nbs/mini/11_audioldm.ipynb #55dde92e
 @call_parse
 def main(
     vae_steps:int=1500,     # training steps of the autoencoder
-    vocoder_steps:int=1500, # training steps of the vocoder
-    unet_steps:int=2000,    # training steps of the denoiser
+    vocoder_steps:int=1000, # training steps of the vocoder
+    unet_steps:int=1800,    # training steps of the denoiser
     batch_size:int=32,      # scenes a step
     n_scenes:int=16000,     # rendered scenes, seed 0
     device:str='auto',      # cpu, cuda...

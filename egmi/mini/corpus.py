@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['labels', 'Corpus', 'render', 'fingerprint', 'render_corpus']
 
-# %% ../../nbs/mini/04_corpus.ipynb #b81097a2
+# %% ../../nbs/mini/04_corpus.ipynb #87aac644
 import shutil
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from functools import partial
 from hashlib import sha256
 
 import numpy as np
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ..config import cache_dir
 from .factors import FACTOR_VALUES

@@ -97,11 +97,11 @@ def train_unet(making:Making, corpus, vae, text_encoder, tokenizer, config:FitCo
         return denoising_loss(lambda x, t: unet(x, t, encoder_hidden_states=text_BLC).sample, latents_NCHW[rows], schedule)
     return making.fit('unet', unet, loss_fn, config)
 
-# %% ../../nbs/mini/10_stable_diffusion.ipynb #c0357f1f
+# %% ../../nbs/mini/10_stable_diffusion.ipynb #aa3c1d38
 @call_parse
 def main(
     vae_steps:int=2000,   # training steps of the autoencoder
-    unet_steps:int=2000,  # training steps of the denoiser
+    unet_steps:int=1300,  # training steps of the denoiser
     batch_size:int=32,    # scenes a step
     n_scenes:int=16000,   # rendered scenes, seed 0
     device:str='auto',    # cpu, cuda...

