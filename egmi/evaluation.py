@@ -37,7 +37,7 @@ def work_folder(
     for path in sorted(WEIGHTS.parent.rglob('*.py')): digest.update(path.read_bytes())
     return cache_dir(experiment, digest.hexdigest()[:12])
 
-# %% ../nbs/13_evaluation.ipynb #386d3f19
+# %% ../nbs/13_evaluation.ipynb #da2ea324
 @dataclass(frozen=True)
 class Samples:
     "What one system made of N captions"
@@ -53,11 +53,12 @@ def generate_samples(
     path:Path,                        # .npz to write, or to read if it is there
     steps:int,                        # denoising steps
     batch_size:int=16,
-    seed:int=0                        # row i starts from noise seed + i, whatever the system
+    seed:int=0,                       # row i starts from noise seed + i, whatever the system
+    progress:bool=True                # show bars
 )->Samples:
     "A picture and a sound for each row of conditions"
     if not Path(path).exists():
-        n, options = len(conditions.clap_NC), dict(steps=steps, batch_size=batch_size)
+        n, options = len(conditions.clap_NC), dict(steps=steps, batch_size=batch_size, progress=progress)
         noise = lambda: generators_for(range(seed, seed + n))
         pictures = stable_diffusion.generate(conditions.clip_NLC, noise(), guidance_scale=preset.guidance_image, **options)
         sounds = audioldm.generate(conditions.clap_NC, preset.seconds, noise(), guidance_scale=preset.guidance_audio, **options)

@@ -6,12 +6,13 @@
 __all__ = ['SOUND_NOISE', 'sound_vae', 'train_vae', 'vocoder_model', 'spectral_loss', 'train_vocoder', 'sound_unet',
            'clap_audio_embeddings', 'train_unet', 'main']
 
-# %% ../../nbs/mini/11_audioldm.ipynb #56d0890f
+# %% ../../nbs/mini/11_audioldm.ipynb #ed3b2c1d
 import numpy as np
 import torch
 from diffusers import AudioLDMPipeline, AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
 from fastcore.script import call_parse
 from torch import nn
+from torch.nn.utils import parametrize
 from transformers import ClapFeatureExtractor, ClapModel, ClapTextModelWithProjection, RobertaTokenizer, SpeechT5HifiGan, SpeechT5HifiGanConfig
 
 from ..config import component_path
