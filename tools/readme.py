@@ -31,7 +31,7 @@ def render(nb):
     exporter.config.NbConvertBase.display_data_priority = ['text/markdown', 'image/svg+xml', 'image/png', 'text/plain']
     resources = {'output_files_dir': 'README_files', 'unique_key': 'README'}
     text, resources = exporter.from_notebook_node(nb, resources)
-    text = re.sub(r'^```python\n\s*```$|^[ \t]+$', '', text, flags=re.MULTILINE)  # left by cells whose code is not echoed
+    text = re.sub(r'^```\w*\n\s*```$|^[ \t]+$', '', text, flags=re.MULTILINE)  # left by cells whose code is not echoed
     return re.sub(r'\n{3,}', '\n\n', text).strip() + '\n', resources['outputs']
 
 
