@@ -12,7 +12,6 @@ import torch
 from diffusers import AudioLDMPipeline, AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
 from fastcore.script import call_parse
 from torch import nn
-from torch.nn.utils import parametrize
 from transformers import ClapFeatureExtractor, ClapModel, ClapTextModelWithProjection, RobertaTokenizer, SpeechT5HifiGan, SpeechT5HifiGanConfig
 
 from ..config import component_path
