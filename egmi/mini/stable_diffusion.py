@@ -74,12 +74,19 @@ def denoising_loss(
 # %% ../../nbs/mini/10_stable_diffusion.ipynb #b0645f7a
 def drop_some(rows, rate:float=.1): return torch.rand(len(rows)) < rate
 
-def train_vae(making:Making, corpus, config:FitConfig)->AutoencoderKL:
+def train_vae(
+    making:Making,
+    make_vae,        # -> AutoencoderKL
+    rows,            # a corpus's pictures or sounds
+    to_tensor,       # rows -> x_BCHW
+    config:FitConfig
+)->AutoencoderKL:
+    "Train an autoencoder of pictures or of log-mels"
     torch.manual_seed(config.seed)
-    vae = image_vae().to(memory_format=torch.channels_last)
+    vae = make_vae().to(memory_format=torch.channels_last)
     def loss_fn(step):
-        x_B3HW = picture_tensor(corpus.images_NHWC[batch_indices(len(corpus), step, config)])
-        return vae_loss(vae, x_B3HW.to(making.device, memory_format=torch.channels_last))
+        x_BCHW = to_tensor(rows[batch_indices(len(rows), step, config)])
+        return vae_loss(vae, x_BCHW.to(making.device, memory_format=torch.channels_last))
     return making.fit('vae', vae, loss_fn, config)
 
 # %% ../../nbs/mini/10_stable_diffusion.ipynb #6d362203
@@ -108,7 +115,7 @@ def main(
 ):
     "Train the small Stable Diffusion; the small CLIP must exist"
     making, corpus = Making('stable-diffusion', device), render_corpus('train', n_scenes)
-    vae = train_vae(making, corpus, FitConfig(vae_steps, batch_size // 2, lr=2e-3))
+    vae = train_vae(making, image_vae, corpus.images_NHWC, picture_tensor, FitConfig(vae_steps, batch_size // 2, lr=2e-3))
     text_encoder = CLIPTextModel.from_pretrained(component_path('clip'), dtype=torch.float32).to(making.device)
     tokenizer = CLIPTokenizer.from_pretrained(component_path('clip'))
     unet = train_unet(making, corpus, vae, text_encoder, tokenizer, FitConfig(unet_steps, batch_size, lr=1e-3))
