@@ -17,12 +17,11 @@ import torch
 from PIL import Image
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, CLIPModel, ClapModel
 
-from .config import WEIGHTS, Preset, cache_dir, component_path
+from .config import WEIGHTS, Preset, cache_dir, component_path, replacing
 from .generators import AudioLDM, StableDiffusion, generators_for
 from .metrics import cosine_similarity, frechet_distance, inception_score
 from .mini.corpus import labels
 from .mini.judge import Judge, picture_tensor, read, right, sound_tensor
-from .reporting import replacing
 from .training import Targets
 
 # %% ../nbs/13_evaluation.ipynb #073e8a47

@@ -6,7 +6,7 @@
 __all__ = ['FitConfig', 'learning_rate', 'batch_indices', 'save_checkpoint', 'load_checkpoint', 'fit', 'smooth']
 
 # %% ../nbs/08_fitting.ipynb #e2fc988a
-import math, os
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
+
+from .config import replacing
 
 # %% ../nbs/08_fitting.ipynb #148c1dc7
 @dataclass(frozen=True)
@@ -53,9 +55,8 @@ def batch_indices(
 # %% ../nbs/08_fitting.ipynb #aea832b4
 def save_checkpoint(path:Path, module:nn.Module, optimizer, config:FitConfig, losses:list[float]):
     "Write a checkpoint beside `path`, then rename it"
-    beside = path.with_suffix('.partial')
-    torch.save(dict(module=module.state_dict(), optimizer=optimizer.state_dict(), config=asdict(config), losses=losses), beside)
-    os.replace(beside, path)
+    state = dict(module=module.state_dict(), optimizer=optimizer.state_dict(), config=asdict(config), losses=losses)
+    with replacing(path) as beside: torch.save(state, beside)
 
 def load_checkpoint(path:Path, module:nn.Module, optimizer, config:FitConfig, device)->list[float]:
     "Restore module and optimizer from `path`; returns the losses so far"

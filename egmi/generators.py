@@ -200,12 +200,12 @@ def mel_filters(device)->torch.Tensor:
 def log_mel(
     wave_BT:torch.Tensor # mono, 16 kHz, in [-1, 1]
 )->torch.Tensor:         # mel_B1TF, one frame per 160 samples
-    "AudioLDM's log-mel spectrogram, differentiable and on the wave's device"
+    "AudioLDM's log-mel spectrogram, differentiable, in full precision, on the wave's device"
     pad = (N_FFT - HOP)//2
     if wave_BT.shape[-1] <= pad: raise ValueError(f'the wave has {wave_BT.shape[-1]} samples: a spectrogram needs more than {pad}')
     wave_BT = F.pad(wave_BT.float(), (pad, pad), mode='reflect')
     spectrum_BFT = torch.stft(wave_BT, N_FFT, HOP, window=torch.hann_window(N_FFT, device=wave_BT.device), center=False, return_complex=True).abs()
-    mel_BTF = spectrum_BFT.transpose(1, 2) @ mel_filters(wave_BT.device)
+    with torch.autocast(wave_BT.device.type, enabled=False): mel_BTF = spectrum_BFT.transpose(1, 2) @ mel_filters(wave_BT.device)
     return mel_BTF.clamp(min=1e-5).log()[:, None]
 
 # %% ../nbs/06_generators.ipynb #33a1b25f

@@ -15,11 +15,10 @@ import torch
 from fastcore.basics import patch
 from safetensors.torch import load_model, save_file
 
-from .config import component_path, get_preset, pick_device
+from .config import component_path, get_preset, pick_device, replacing, write_json
 from .generators import AudioLDM, StableDiffusion, generators_for
 from .mapper import MapperConfig
 from .pandagpt import QUESTION, PandaGPT
-from .reporting import replacing, write_json
 from .training import MAPPERS, Conditioner, Targets, cache_prefixes, make_conditioner, predict_conditions
 
 # %% ../nbs/10_model.ipynb #f9217554

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'LIBRARIES', 'CEILING', 'FLOOR', 'PANELS', 'PUBLISHED_PANELS', 'check_writable', 'require_positive',
-           'check_parameters', 'replacing', 'write_json', 'write_table', 'timed', 'code_version', 'hardware',
-           'provenance', 'table3_figure', 'sample_sheet']
+           'check_parameters', 'write_table', 'timed', 'code_version', 'hardware', 'provenance', 'table3_figure',
+           'sample_sheet']
 
 # %% ../nbs/12_reporting.ipynb #104ec8a0
-import difflib, json, os, platform, shutil, subprocess, tempfile, textwrap, time
+import difflib, os, platform, shutil, subprocess, tempfile, textwrap, time
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from scipy.signal import spectrogram
 
 import egmi
+from .config import replacing
 
 # %% ../nbs/12_reporting.ipynb #362e4f8c
 _table1 = pd.DataFrame(columns=['model', 'printed', 'FD', 'IS', 'KL', 'FAD', 'source', 'note'], data=[
@@ -91,28 +92,7 @@ def check_parameters(
         allowed = (int, float) if declared[name] is float else declared[name]
         if not isinstance(value, allowed): raise ValueError(f'parameter {name!r} must be of type {declared[name].__name__}, not {value!r}')
 
-# %% ../nbs/12_reporting.ipynb #9f05f6a4
-@contextmanager
-def replacing(
-    path # where the file is to appear
-):
-    "A neighbour of `path` to write to; it takes the place of `path` when the block succeeds"
-    path = Path(path)
-    beside = path.with_name(f'.{os.getpid()}-{path.name}')
-    try:
-        yield beside
-        beside.replace(path)
-    finally: beside.unlink(missing_ok=True)
-
 # %% ../nbs/12_reporting.ipynb #43ab93c0
-def write_json(
-    path,     # of the file
-    data:dict # numbers, strings, lists and dicts of them; arrays and tensors become lists, other objects strings
-):
-    "Write a JSON file, complete or not at all"
-    plain = lambda o: o.tolist() if hasattr(o, 'tolist') else str(o)
-    with replacing(path) as beside: beside.write_text(json.dumps(data, indent=2, default=plain) + '\n')
-
 def write_table(
     path,              # of the CSV file
     table:pd.DataFrame # written without its index

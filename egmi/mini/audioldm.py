@@ -4,23 +4,22 @@
 
 # %% auto #0
 __all__ = ['SOUND_NOISE', 'sound_vae', 'vocoder_model', 'spectral_loss', 'train_vocoder', 'sound_unet', 'clap_audio_embeddings',
-           'train_unet', 'main']
+           'sound_condition', 'main']
 
 # %% ../../nbs/mini/11_audioldm.ipynb #ed3b2c1d
 import numpy as np
 import torch
-from diffusers import AudioLDMPipeline, AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
+from diffusers import AudioLDMPipeline, AutoencoderKL, DPMSolverMultistepScheduler, UNet2DConditionModel
 from fastcore.script import call_parse
 from torch import nn
 from transformers import ClapFeatureExtractor, ClapModel, ClapTextModelWithProjection, RobertaTokenizer, SpeechT5HifiGan, SpeechT5HifiGanConfig
 
-from ..config import component_path
+from ..config import WEIGHTS, component_path
 from ..fitting import FitConfig, batch_indices
 from ..generators import log_mel
 from .clap import ClapFeatures
 from .corpus import render_corpus
-from .judge import sound_tensor
-from .stable_diffusion import denoising_loss, drop_some, encode_all, train_vae
+from .stable_diffusion import drop_some, encode_all, train_unet, train_vae
 from .weights import Making, publish
 
 # %% ../../nbs/mini/11_audioldm.ipynb #5a9b76ca
@@ -33,35 +32,35 @@ def sound_vae()->AutoencoderKL:
 def vocoder_model()->SpeechT5HifiGan:
     "log-mel [T, 64] -> waveform [160 T]"
     return SpeechT5HifiGan(SpeechT5HifiGanConfig(
-        model_in_dim=64, sampling_rate=16000, upsample_initial_channel=160, upsample_rates=[5, 4, 4, 2], upsample_kernel_sizes=[11, 8, 8, 4],
-        resblock_kernel_sizes=[3, 7], resblock_dilation_sizes=[[1, 3, 5]] * 2, normalize_before=False))
+        model_in_dim=64, sampling_rate=16000, upsample_initial_channel=192, upsample_rates=[8, 5, 4], upsample_kernel_sizes=[16, 11, 8],
+        resblock_kernel_sizes=[3], resblock_dilation_sizes=[[1, 3]], normalize_before=False))
 
 # %% ../../nbs/mini/11_audioldm.ipynb #36e529d0
 def spectral_loss(
     found_BT,   # vocoder output
     wanted_BT   # the waveform it should be
 ):
-    "Log-magnitude difference and relative error of spectrograms at four resolutions"
+    "Log-magnitude difference and relative error of spectrograms at two resolutions"
     total = 0.
-    for n_fft in (128, 256, 512, 1024):
+    for n_fft in (256, 1024):
         window = torch.hann_window(n_fft, device=found_BT.device)
-        spectrum = lambda x: torch.stft(x, n_fft, n_fft // 4, window=window, return_complex=True).abs().clamp(min=1e-4)
+        spectrum = lambda x: torch.stft(x, n_fft, n_fft // 4, window=window, return_complex=True).abs()
         found, wanted = spectrum(found_BT), spectrum(wanted_BT)
-        total = total + (found.log() - wanted.log()).abs().mean() + (found - wanted).norm() / wanted.norm()
+        total = total + .5 * ((found + .01).log() - (wanted + .01).log()).abs().mean() + (found - wanted).norm() / wanted.norm()
     return total
 
 # %% ../../nbs/mini/11_audioldm.ipynb #f07009f7
-def train_vocoder(making:Making, corpus, config:FitConfig, frames:int=48)->SpeechT5HifiGan:
+def train_vocoder(making:Making, corpus, config:FitConfig, frames:int=32)->SpeechT5HifiGan:
     torch.manual_seed(config.seed)
     vocoder = vocoder_model()
+    for m in vocoder.modules():
+        if isinstance(m, (nn.Conv1d, nn.ConvTranspose1d)): m.reset_parameters()
     def loss_fn(step):
-        rows = batch_indices(len(corpus), step, config)
-        wave_BT = torch.from_numpy(corpus.waves_NT[rows]).to(making.device) / 32767
-        start = int(torch.randint(256 - frames, (1,)))
-        mel_BTF = log_mel(wave_BT)[:, 0, start:start + frames]
+        rows, start = batch_indices(len(corpus), step, config), int(torch.randint(256 - frames, (1,)))
+        mel_BTF = torch.from_numpy(corpus.mels_NTF[rows, start:start + frames]).to(making.device).float()
+        wave_BT = torch.from_numpy(corpus.waves_NT[rows, 160 * start:160 * (start + frames)]).to(making.device) / 32767
         found_BT = vocoder(mel_BTF).float()
-        with torch.autocast(making.device.type, enabled=False):
-            return spectral_loss(found_BT, wave_BT[:, 160 * start:160 * (start + frames)]) + (log_mel(found_BT)[:, 0, 4:-4] - mel_BTF[:, 4:-4]).abs().mean()
+        return spectral_loss(found_BT, wave_BT) + 4 * (log_mel(found_BT)[:, 0, 4:-4] - mel_BTF[:, 4:-4]).abs().mean()
     return making.fit('vocoder', vocoder, loss_fn, config)
 
 # %% ../../nbs/mini/11_audioldm.ipynb #8a1e8b19
@@ -89,36 +88,37 @@ def clap_audio_embeddings(
     return torch.cat([nn.functional.normalize(clap.get_audio_features(features(w)).pooler_output, dim=-1) for w in parts])
 
 # %% ../../nbs/mini/11_audioldm.ipynb #ac556d3b
-def train_unet(making:Making, corpus, vae, clap, empty_C, features, config:FitConfig)->UNet2DConditionModel:
-    torch.manual_seed(config.seed)
-    unet, schedule = sound_unet().to(memory_format=torch.channels_last), DDPMScheduler(**SOUND_NOISE)
-    clap_NC = clap_audio_embeddings(clap, features, corpus.waves_NT)
-    latents_NCTF = encode_all(vae, (sound_tensor(w) for w in np.array_split(corpus.waves_NT, max(1, len(corpus) // 64)))).to(making.device)
-    def loss_fn(step):
-        rows = batch_indices(len(corpus), step, config)
-        clap_BC = torch.where(drop_some(rows)[:, None].to(making.device), empty_C, clap_NC[rows])
-        return denoising_loss(lambda x, t: unet(x, t, encoder_hidden_states=None, class_labels=clap_BC).sample, latents_NCTF[rows], schedule)
-    return making.fit('unet', unet, loss_fn, config)
+def sound_condition(clap_NC, empty_C):
+    "row numbers -> CLAP vectors of the sounds; one in ten is that of the empty caption"
+    return lambda rows: dict(encoder_hidden_states=None, class_labels=torch.where(drop_some(rows)[:, None].to(clap_NC.device), empty_C, clap_NC[rows]))
 
 # %% ../../nbs/mini/11_audioldm.ipynb #55dde92e
 @call_parse
 def main(
     vae_steps:int=1500,     # training steps of the autoencoder
-    vocoder_steps:int=1000, # training steps of the vocoder
-    unet_steps:int=1800,    # training steps of the denoiser
-    batch_size:int=32,      # scenes a step
+    vocoder_steps:int=6000, # training steps of the vocoder
+    unet_steps:int=4500,    # training steps of the denoiser
+    batch_size:int=16,      # scenes a step
     n_scenes:int=16000,     # rendered scenes, seed 0
+    parts:str='vae vocoder unet', # what to train; the rest is taken from the published weights
     device:str='auto',      # cpu, cuda...
 ):
     "Train the small AudioLDM; the small CLAP must exist"
     making, corpus, source = Making('audioldm', device), render_corpus('train', n_scenes), component_path('clap')
-    vae = train_vae(making, sound_vae, corpus.waves_NT, sound_tensor, FitConfig(vae_steps, batch_size // 4, lr=2e-3))
-    vocoder = train_vocoder(making, corpus, FitConfig(vocoder_steps, batch_size // 2, lr=1e-3))
+    see = lambda rows: torch.from_numpy(corpus.mels_NTF[rows]).float()[:, None]
+    published = lambda kind, part: kind.from_pretrained(WEIGHTS/making.name, subfolder=part).float().to(making.device)
+    vae = (train_vae(making, sound_vae, len(corpus), see, FitConfig(vae_steps, batch_size // 2, lr=2e-3))
+           if 'vae' in parts else published(AutoencoderKL, 'vae'))
+    vocoder = train_vocoder(making, corpus, FitConfig(vocoder_steps, batch_size // 2, lr=2e-3)) if 'vocoder' in parts else published(SpeechT5HifiGan, 'vocoder')
     clap = ClapModel.from_pretrained(source, dtype=torch.float32).to(making.device).eval()
     features = ClapFeatures(ClapFeatureExtractor.from_pretrained(source)).to(making.device)
     text_encoder = ClapTextModelWithProjection.from_pretrained(source, dtype=torch.float32).to(making.device)
     tokenizer = RobertaTokenizer.from_pretrained(source)
     with torch.no_grad(): empty_C = nn.functional.normalize(text_encoder(**tokenizer('', return_tensors='pt').to(making.device)).text_embeds[0], dim=-1)
-    unet = train_unet(making, corpus, vae, clap, empty_C, features, FitConfig(unet_steps, batch_size, lr=1e-3))
+    unet = published(UNet2DConditionModel, 'unet')
+    if 'unet' in parts:
+        latents_NCTF = encode_all(vae, (see(rows) for rows in np.array_split(np.arange(len(corpus)), len(corpus) // 64 + 1)))
+        condition = sound_condition(clap_audio_embeddings(clap, features, corpus.waves_NT), empty_C)
+        unet = train_unet(making, sound_unet, SOUND_NOISE, latents_NCTF, condition, FitConfig(unet_steps, batch_size, lr=7e-4))
     pipeline = AudioLDMPipeline(vae.half(), text_encoder.half(), tokenizer, unet.half(), DPMSolverMultistepScheduler(**SOUND_NOISE), vocoder.half())
     publish(making, pipeline.save_pretrained)

@@ -81,19 +81,21 @@ def right(
 SENSES = dict(picture=(3, list(FACTOR_VALUES)), sound=(1, [f for f in FACTOR_VALUES if f != 'colour']))
 
 def jitter(x_BCHW, sense:str):
-    "Noise for pictures; gain and noise for log-mels"
-    gain = 0. if sense == 'picture' else .5 * torch.randn(len(x_BCHW), 1, 1, 1, device=x_BCHW.device)
-    return x_BCHW + gain + (.05 if sense == 'picture' else .3) * torch.rand(len(x_BCHW), 1, 1, 1, device=x_BCHW.device) * torch.randn_like(x_BCHW)
+    "Blur and noise, and for log-mels gain, a different amount for every sample"
+    amount = lambda most: most * torch.rand(len(x_BCHW), 1, 1, 1, device=x_BCHW.device)
+    for _ in range(2): x_BCHW = x_BCHW.lerp(nn.functional.avg_pool2d(x_BCHW, 3, 1, 1, count_include_pad=False), amount(1.))
+    gain = 0. if sense == 'picture' else amount(2.) - 1.
+    return x_BCHW + gain + amount(.1 if sense == 'picture' else .5) * torch.randn_like(x_BCHW)
 
 def train_sense(making:Making, sense:str, corpus, config:FitConfig)->Judge:
     "Train the picture or the sound judge"
     torch.manual_seed(config.seed)
     judge = Judge(*SENSES[sense])
-    rows_of, tensor = (corpus.images_NHWC, picture_tensor) if sense == 'picture' else (corpus.waves_NT, sound_tensor)
+    see = dict(picture=lambda rows: picture_tensor(corpus.images_NHWC[rows]), sound=lambda rows: torch.from_numpy(corpus.mels_NTF[rows]).float()[:, None])[sense]
     targets = dict(zip(FACTOR_VALUES, torch.tensor(np.array(corpus.labels_NF)).to(making.device).T))
     def loss_fn(step):
         rows = np.sort(batch_indices(len(corpus), step, config))
-        logits = judge(jitter(tensor(rows_of[rows]).to(making.device), sense))
+        logits = judge(jitter(see(rows).to(making.device), sense))
         return sum(nn.functional.cross_entropy(l_BK, targets[name][rows]) for name, l_BK in logits.items())
     return making.fit(sense, judge, loss_fn, config)
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from ..config import WEIGHTS, cache_dir, file_hash, pick_device
+from ..config import WEIGHTS, cache_dir, file_hash, pick_device, write_json
 from ..fitting import FitConfig, fit, smooth
-from ..reporting import code_version, hardware, write_json
+from ..reporting import code_version, hardware
 
 # %% ../../nbs/mini/05_weights.ipynb #66bdeba5
 class Making:
@@ -29,10 +29,10 @@ class Making:
         self.losses, self.seconds = {}, {}
 
     def fit(self, part:str, module, loss_fn, config:FitConfig):
-        "Fit one part in bfloat16 mixed precision, continuing from its checkpoint; seconds of interrupted runs add up"
+        "Fit one part, in bfloat16 mixed precision where the processor has it; seconds of interrupted runs add up"
         clock, start = self.checkpoints/f'{part}.seconds', time.perf_counter()
         before = float(clock.read_text()) if clock.exists() else 0.
-        amp = torch.autocast(self.device.type, dtype=torch.bfloat16)
+        amp = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type != 'cpu' or torch.ops.mkldnn._is_mkldnn_bf16_supported())
         try: self.losses[part] = fit(module.to(self.device).train(), amp(loss_fn), config, self.checkpoints/f'{part}.pt', desc=f'{self.name} {part}')
         finally:
             self.seconds[part] = round(before + time.perf_counter() - start, 1)
@@ -40,25 +40,26 @@ class Making:
         return module.eval()
 
 # %% ../../nbs/mini/05_weights.ipynb #96a0a701
-def record(making:Making)->dict:
-    "How a component was made: command, parts, seconds, versions, hardware"
-    parts = {part: dict(steps=len(losses), seconds=making.seconds[part], final_loss=round(sum(losses[-50:]) / len(losses[-50:]), 5))
-             for part, losses in making.losses.items()}
-    return dict(component=making.name, command=' '.join(['python -m', f'egmi.mini.{Path(sys.argv[0]).stem}', *sys.argv[1:]]),
-                parts=parts, code=code_version(), hardware=hardware(), torch=torch.__version__, python=platform.python_version(), date=time.strftime('%Y-%m-%d'))
+def record(making:Making)->dict: # part -> its history
+    "How each part was made: command, steps, seconds, code, hardware"
+    command = ' '.join(['python -m', f'egmi.mini.{Path(sys.argv[0]).stem}', *sys.argv[1:]])
+    where = dict(command=command, code=code_version(), hardware=hardware(), torch=torch.__version__, python=platform.python_version(), date=time.strftime('%Y-%m-%d'))
+    return {part: dict(steps=len(losses), seconds=making.seconds[part], final_loss=round(sum(losses[-50:]) / len(losses[-50:]), 5), **where)
+            for part, losses in making.losses.items()}
 
 # %% ../../nbs/mini/05_weights.ipynb #781d0e9e
 def publish(
     making:Making, # a finished training
     save           # folder -> None: writes the component there, in half precision
 )->Path:           # the published folder
-    "Write the component's folder beside the old one, swap them, and renew the manifest"
+    "Write the component's folder beside the old one, swap them, and renew the manifest; parts that were not trained stay as they are"
     beside, folder = making.root/f'.{making.name}', making.root/making.name
     shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    shutil.copytree(folder, beside) if folder.exists() else beside.mkdir(parents=True)
     save(beside)
     for part, losses in making.losses.items(): pd.Series(losses, name='loss').round(5).to_csv(beside/f'loss-{part}.csv', index_label='step')
-    write_json(beside/'training.json', record(making))
+    history = beside/'training.json'
+    write_json(history, (json.loads(history.read_text()) if history.exists() else {}) | record(making))
     shutil.rmtree(folder, ignore_errors=True)
     beside.rename(folder)
     write_manifest(making.root)
