@@ -102,8 +102,8 @@ def train_sense(making:Making, sense:str, corpus, config:FitConfig)->Judge:
 # %% ../../nbs/mini/06_judge.ipynb #df91f485
 @call_parse
 def main(
-    steps:int=900,       # training steps of each judge
-    batch_size:int=64,   # scenes a step
+    steps:int=1200,      # training steps of each judge
+    batch_size:int=32,   # scenes a step
     n_scenes:int=12000,  # rendered scenes, seed 1
     lr:float=2e-3,       # learning rate
     device:str='auto',   # cpu, cuda...
