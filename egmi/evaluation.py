@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['work_folder', 'Samples', 'generate_samples', 'Scorer', 'in_batches', 'clip_similarity', 'clap_similarity',
-           'judge_columns', 'score']
+           'scene_features', 'judge_columns', 'score']
 
 # %% ../nbs/13_evaluation.ipynb #be2271bf
 import hashlib, json
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,11 @@ def clap_similarity(
     return cosine_similarity(in_batches(hear, audio), in_batches(say, captions))
 
 # %% ../nbs/13_evaluation.ipynb #02cd3c5e
+@lru_cache(maxsize=8)
+def scene_features(judge:Judge, sense:str, scenes:tuple)->np.ndarray: # [N, D]
+    "What the judge sees or hears in the scenes themselves, computed once"
+    return read(judge, picture_tensor([s.image for s in scenes]) if sense == 'picture' else sound_tensor([s.audio for s in scenes]))[0]
+
 def judge_columns(
     scorer:Scorer,
     samples:Samples,
@@ -123,12 +129,11 @@ def judge_columns(
     "Accuracy of every factor, Fréchet distance and inception score, for pictures and sounds"
     labels_NF, columns = [labels(e.factors) for e in examples], {}
     ours = dict(picture=picture_tensor(samples.images), sound=sound_tensor(samples.audio))
-    real = dict(picture=picture_tensor([e.image for e in examples]), sound=sound_tensor([e.audio for e in examples]))
     for sense, word in dict(picture='image', sound='audio').items():
         judge = scorer.judges[sense]
         f_ND, logits = read(judge, ours[sense])
         columns |= {f'{name}_{word}': hits.mean() for name, hits in right(logits, labels_NF).items()}
-        columns[f'fd_{word}'] = frechet_distance(read(judge, real[sense])[0], f_ND)
+        columns[f'fd_{word}'] = frechet_distance(scene_features(judge, sense, tuple(examples)), f_ND)
         columns[f'is_{word}'] = inception_score(logits['object'], splits=1)[0]
     return columns
 

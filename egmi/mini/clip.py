@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['with_prefixes', 'learn_merges', 'clip_tokenizer', 'clip_config', 'image_processor', 'prefixed_ids', 'look_alikes',
-           'look_alike_batch', 'main']
+           'look_alike_batch', 'main', 'descriptions', 'zero_shot']
 
 # %% ../../nbs/mini/07_clip.ipynb #7acca67a
 import json
@@ -12,7 +12,6 @@ from dataclasses import replace
 
 import numpy as np
 import pandas as pd
-
 import torch
 from fastcore.script import call_parse
 from tokenizers.pre_tokenizers import ByteLevel
@@ -20,6 +19,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenize
 
 from ..fitting import FitConfig, batch_indices
 from .corpus import render_corpus
+from .factors import OBJECTS, WORDS, noun_phrase
 from .weights import Making, publish
 
 # %% ../../nbs/mini/07_clip.ipynb #1c2b3991
@@ -105,3 +105,20 @@ def main(
         return model(input_ids=ids_BL[:, :lengths_N[rows].max()], pixel_values=x_B3HW, return_loss=True).loss
     making.fit('contrastive', model, loss_fn, config)
     publish(making, lambda folder: [part.save_pretrained(folder) for part in (model.half(), tokenizer, processor)])
+
+# %% ../../nbs/mini/07_clip.ipynb #4be1c8d2
+def descriptions(s, names:list[str])->list[str]:
+    "The scene in words, with each of these names in the place of its object"
+    return [f'{noun_phrase(s.latents, name, s.stream("caption"))} {WORDS[s.latents.place][0]}' for name in names]
+
+@torch.no_grad()
+def zero_shot(
+    scenes:list,      # N Toybox scenes
+    names:list[str],  # one for each of `OBJECTS`
+    sense,            # scenes -> embeddings [N, D] of their pictures or sounds
+    say               # M texts -> embeddings [M, D]
+)->float:
+    "Share of scenes whose nearest description is the one with their object"
+    text_NKD = say([d for s in scenes for d in descriptions(s, names)]).unflatten(0, (len(scenes), -1))
+    chosen_N = torch.nn.functional.cosine_similarity(sense(scenes)[:, None], text_NKD, dim=-1).argmax(1)
+    return (chosen_N == torch.tensor([OBJECTS.index(s.latents.object) for s in scenes])).float().mean().item()
