@@ -57,6 +57,8 @@ def publish(
     shutil.rmtree(beside, ignore_errors=True)
     shutil.copytree(folder, beside) if folder.exists() else beside.mkdir(parents=True)
     save(beside)
+    for path in beside.rglob('config.json'): # diffusers notes where a model was loaded from
+        write_json(path, {k: v for k, v in json.loads(path.read_text()).items() if k != '_name_or_path'})
     for part, losses in making.losses.items(): pd.Series(losses, name='loss').round(5).to_csv(beside/f'loss-{part}.csv', index_label='step')
     history = beside/'training.json'
     write_json(history, (json.loads(history.read_text()) if history.exists() else {}) | record(making))
