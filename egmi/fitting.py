@@ -6,8 +6,9 @@
 __all__ = ['FitConfig', 'learning_rate', 'batch_indices', 'save_checkpoint', 'load_checkpoint', 'fit', 'smooth']
 
 # %% ../nbs/08_fitting.ipynb #e2fc988a
-import math
+import io, math
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -54,14 +55,16 @@ def batch_indices(
 
 # %% ../nbs/08_fitting.ipynb #aea832b4
 def save_checkpoint(path:Path, module:nn.Module, optimizer, config:FitConfig, losses:list[float]):
-    "Write a checkpoint beside `path`, then rename it"
-    state = dict(module=module.state_dict(), optimizer=optimizer.state_dict(), config=asdict(config), losses=losses)
-    with replacing(path) as beside: torch.save(state, beside)
+    "Write a checkpoint, its sha256 in front, beside `path`; then rename it"
+    state = io.BytesIO()
+    torch.save(dict(module=module.state_dict(), optimizer=optimizer.state_dict(), config=asdict(config), losses=losses), state)
+    with replacing(path) as beside: beside.write_bytes(sha256(state.getvalue()).digest() + state.getvalue())
 
 def load_checkpoint(path:Path, module:nn.Module, optimizer, config:FitConfig, device)->list[float]:
     "Restore module and optimizer from `path`; returns the losses so far"
-    try: saved = torch.load(path, map_location=device, weights_only=True)
-    except Exception as e: raise ValueError(f'checkpoint {path} cannot be read ({type(e).__name__}): delete it to start again') from e
+    digest, state = (data := path.read_bytes())[:32], data[32:]
+    if sha256(state).digest() != digest: raise ValueError(f'checkpoint {path} is damaged, its sha256 is not {digest.hex()[:12]}...: delete it to start again')
+    saved = torch.load(io.BytesIO(state), map_location=device, weights_only=True)
     differ = [k for k, v in asdict(config).items() if saved['config'][k] != v]
     if differ: raise ValueError(f'checkpoint {path} was made with another {", ".join(differ)}: delete it or choose another folder')
     module.load_state_dict(saved['module'])
