@@ -52,10 +52,10 @@ def towards_words(
 # %% ../../nbs/mini/12_projection.ipynb #182478ad
 @call_parse
 def main(
-    steps:int=500,       # training steps
+    steps:int=400,       # training steps
     batch_size:int=8,    # pictures a step
     n_scenes:int=16000,  # rendered scenes, seed 0
-    lr:float=3e-3,       # learning rate
+    lr:float=3e-4,       # learning rate
     device:str='auto',   # cpu, cuda...
 ):
     "Train the projection from ImageBind into SmolLM2; the small ImageBind must exist"
