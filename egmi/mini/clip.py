@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['with_prefixes', 'learn_merges', 'clip_tokenizer', 'clip_config', 'image_processor', 'prefixed_ids', 'look_alikes',
-           'look_alike_batch', 'main', 'descriptions', 'zero_shot']
+           'main', 'descriptions', 'zero_shot']
 
 # %% ../../nbs/mini/07_clip.ipynb #7acca67a
 import json
@@ -75,10 +75,6 @@ def look_alikes(
     order = shuffled.join(rank).sort_values([*list(shuffled)[1:], 'rank'], kind='stable').index.to_numpy()
     return order[:len(order) // width * width].reshape(-1, width)
 
-def look_alike_batch(groups_GN, step:int, config:FitConfig)->np.ndarray: # row numbers [batch_size]
-    "Whole groups, in the order in which `batch_indices` would take rows"
-    return groups_GN[batch_indices(len(groups_GN), step, replace(config, batch_size=config.batch_size // groups_GN.shape[1]))].ravel()
-
 # %% ../../nbs/mini/07_clip.ipynb #40689251
 @call_parse
 def main(
@@ -97,8 +93,9 @@ def main(
     torch.manual_seed(config.seed)
     model = CLIPModel(clip_config(tokenizer))
     groups_GN = look_alikes(corpus.labels_NF)
+    of_groups = replace(config, batch_size=batch_size // groups_GN.shape[1])
     def loss_fn(step):
-        rows = look_alike_batch(groups_GN, step, config)
+        rows = groups_GN[batch_indices(len(groups_GN), step, of_groups)].ravel()
         x_BHW3 = torch.from_numpy(corpus.images_NHWC[rows]).to(making.device)
         x_B3HW = (x_BHW3.permute(0, 3, 1, 2) / 255 - mean) / std
         ids_BL = ids_2NL[torch.randint(2, (len(rows),)), rows]

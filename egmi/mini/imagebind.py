@@ -16,9 +16,9 @@ from torch import nn
 from transformers import CLIPTokenizer
 
 from ..config import component_path
-from ..fitting import FitConfig
+from ..fitting import FitConfig, batch_indices
 from ..imagebind import ImageBind, ImageBindConfig, preprocess_audio, preprocess_images
-from .clip import look_alike_batch, look_alikes, prefixed_ids
+from .clip import prefixed_ids
 from .corpus import render_corpus
 from .weights import Making, publish
 
@@ -47,9 +47,9 @@ def main(
     sizes = replace(ImageBindConfig.mini(), vocab=len(tokenizer), eos_id=tokenizer.eos_token_id)
     ids_NL = prefixed_ids(tokenizer, corpus.captions, '')[0].to(making.device)
     torch.manual_seed(config.seed)
-    model, groups_GN = ImageBind(sizes), look_alikes(corpus.labels_NF)
+    model = ImageBind(sizes)
     def loss_fn(step):
-        rows = look_alike_batch(groups_GN, step, config)
+        rows = batch_indices(len(corpus), step, config)
         pictures = preprocess_images([Image.fromarray(i) for i in corpus.images_NHWC[rows]], sizes)
         sounds = preprocess_audio(list(corpus.waves_NT[rows] / np.float32(32767)), 16000, sizes)
         image_BD, scale = model.encode_image(pictures.to(making.device)), model.modality_postprocessors.text[1].log_logit_scale.exp().clip(max=100)
