@@ -32,15 +32,16 @@ def denoise(
     latents,        # standard normal noise
     steps:int,      # denoising steps
     generator=None, # torch.Generator(s) for schedulers that add noise on the way
-    **bar           # options of tqdm
+    done=lambda: None # called after every step
 )->torch.Tensor:
     "Clean latents from noise"
     scheduler.set_timesteps(steps, device=latents.device)
     noisy = {'generator': generator} if 'generator' in inspect.signature(scheduler.step).parameters else {}
     latents = latents * scheduler.init_noise_sigma
-    for t in tqdm(scheduler.timesteps, leave=False, **bar):
+    for t in scheduler.timesteps:
         noise = predict(scheduler.scale_model_input(latents, t), t)
         latents = scheduler.step(noise, t, latents, **noisy).prev_sample
+        done()
     return latents
 
 # %% ../nbs/06_generators.ipynb #8feaa0a8
@@ -144,17 +145,18 @@ def sample(
     steps:int=50,         # denoising steps
     guidance_scale:float=1., # 1 is off
     batch_size:int=16,    # samples denoised at once
-    progress:bool=True    # show a bar per batch
+    progress:bool=True    # show a bar
 ):
     "Yield the clean latents of `batch_size` samples at a time"
     self._check(condition, shape, generator, latents, steps, batch_size)
     n, condition = len(condition), condition.to(self.device, self.dtype)
     if latents is None: latents = randn_tensor((n, *shape), generator=generator, device=self.device, dtype=self.dtype)
     latents = latents.to(self.device, self.dtype)
-    for rows in (slice(i, min(i + batch_size, n)) for i in range(0, n, batch_size)):
-        predict = guided(self._predict, condition[rows], self.unconditional, guidance_scale)
-        yield denoise(predict, self.scheduler, latents[rows], steps, generator and generator[rows],
-                      desc=f'{type(self).__name__} {rows.start + 1}-{rows.stop} of {n}', disable=not progress)
+    starts = range(0, n, batch_size)
+    with tqdm(total=len(starts) * steps, desc=f'{type(self).__name__}, {n} samples', unit='step', mininterval=2, disable=not progress) as bar:
+        for rows in (slice(i, i + batch_size) for i in starts):
+            predict = guided(self._predict, condition[rows], self.unconditional, guidance_scale)
+            yield denoise(predict, self.scheduler, latents[rows], steps, generator and generator[rows], bar.update)
 
 # %% ../nbs/06_generators.ipynb #65d09cad
 class StableDiffusion(LatentDiffusion):
@@ -182,7 +184,7 @@ class StableDiffusion(LatentDiffusion):
         steps:int=50,             # denoising steps
         guidance_scale:float=7.5, # 1 is off
         batch_size:int=16,        # pictures at once
-        progress:bool=True        # show a bar per batch
+        progress:bool=True        # show a bar
     )->list:
         "One PIL picture per row of `clip_BLC`"
         side = self.unet.config.sample_size
@@ -281,7 +283,7 @@ def generate(
     guidance_scale:float=2.5,# 1 is off
     normalize:bool=True,     # bring `clap_BC` to unit length first
     batch_size:int=16,       # sounds at once
-    progress:bool=True       # show a bar per batch
+    progress:bool=True       # show a bar
 )->np.ndarray:               # float32 [B, samples]
     "One sound per row of `clap_BC`"
     config = self.vocoder.config
