@@ -119,7 +119,7 @@ def code_version(
     def git(*args): return subprocess.run(['git', '-C', str(folder), *args], capture_output=True, text=True).stdout.strip()
     tracked = shutil.which('git') and git('ls-files', '__init__.py')
     return dict(version=egmi.__version__, commit=git('rev-parse', 'HEAD') if tracked else None,
-                dirty=bool(git('status', '--porcelain', '--untracked-files=no')) if tracked else None)
+                dirty=bool(git('status', '--porcelain', '--untracked-files=no', '.')) if tracked else None)
 
 # %% ../nbs/12_reporting.ipynb #e18db132
 def hardware()->dict: # cpu, cores, ram_gb and gpu, which is None without one
