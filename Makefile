@@ -3,11 +3,12 @@ BIN    := .venv/bin
 STAMP  := .venv/.installed
 OUT    ?= runs/mini/ablation
 ARGS   ?=
+MODELS ?= judge clip clap imagebind stable_diffusion audioldm projection
 
-.PHONY: help install ablation test check lab readme
+.PHONY: help install ablation mini-models mini-report test check lab readme
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
 
 install: $(STAMP)  ## create .venv with every version pinned (PYTHON=python3.12 picks the interpreter)
 
@@ -25,6 +26,14 @@ ablation: install  ## train the three mappers and write Table 3 (ARGS="-p steps 
 		--no-progress-bar --stdout-file - --stderr-file -
 	@$(BIN)/python -c "import pandas; print(); print(pandas.read_csv('$(OUT)/table3.csv').to_string(index=False))"
 	@printf '\nFiles in %s:\n' $(OUT); ls $(OUT)
+
+mini-models: install  ## train the small frozen models anew, one after another: hours on a CPU, and a killed run goes on (MODELS="clip clap" picks)
+	for model in $(MODELS); do $(BIN)/python -m egmi.mini.$$model $(ARGS) || exit 1; done
+
+mini-report: install  ## measure the small frozen models: model card in nbs/mini/report.ipynb, numbers in runs/mini/report (with ARGS, all in runs/mini/report)
+	@mkdir -p runs/mini/report
+	$(BIN)/papermill nbs/mini/report.ipynb runs/mini/report/report.ipynb $(ARGS) --no-progress-bar --stdout-file - --stderr-file -
+	$(if $(ARGS),,mv runs/mini/report/report.ipynb nbs/mini/report.ipynb && $(BIN)/nbdev_clean --fname nbs/mini/report.ipynb)
 
 test: check  ## everything a change must pass
 	PYTHONUNBUFFERED=1 $(BIN)/nbdev_test --n_workers 1 --do_print --timing

@@ -90,11 +90,12 @@ def check_files(
     folder:Path,    # folder that the names are relative to
     manifest:dict   # file name -> {'sha256', 'bytes'}
 ):
-    "Raise an error that names the first file that is missing, truncated or changed"
+    "Raise an error that names all files that are missing, or the first that is truncated or changed"
     remedy = 'restore it with `git checkout` or reinstall egmi'
+    missing = [name for name in manifest if not (folder/name).exists()]
+    if missing: raise FileNotFoundError(f'{folder} lacks {", ".join(missing)}: {remedy}')
     for name, expected in manifest.items():
         path = folder/name
-        if not path.exists(): raise FileNotFoundError(f'weight file {path} is missing: {remedy}')
         if path.stat().st_size != expected['bytes']:
             raise ValueError(f'weight file {path} has {path.stat().st_size:,} bytes, not {expected["bytes"]:,}: {remedy}')
         if file_hash(path) != expected['sha256']: raise ValueError(f'weight file {path} has a wrong sha256: {remedy}')

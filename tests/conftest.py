@@ -10,11 +10,11 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT/'nbs/ablation.ipynb'
 
 
-def papermill_command(folder, **parameters):
-    "The command that runs the ablation; the executed notebook goes to `folder`, results to folder/out."
+def papermill_command(folder, notebook=NOTEBOOK, **parameters):
+    "The command that runs a notebook; the executed one goes to `folder`, results to folder/out."
     parameters = dict(out_dir=folder/'out') | parameters
     options = [option for name, value in parameters.items() for option in ('-p', name, str(value))]
-    return [sys.executable, '-m', 'papermill', NOTEBOOK, folder/'executed.ipynb', *options, '--no-progress-bar']
+    return [sys.executable, '-m', 'papermill', notebook, folder/'executed.ipynb', *options, '--no-progress-bar']
 
 
 def environment(cache, **variables):
@@ -22,7 +22,7 @@ def environment(cache, **variables):
 
 
 def papermill(folder, cache, timeout=300, variables=(), **parameters):
-    "Run the ablation in `folder`; returns the finished process."
+    "Run the ablation, or another `notebook`, in `folder`; returns the finished process."
     return subprocess.run(papermill_command(folder, **parameters), cwd=folder, env=environment(cache, **dict(variables)),
                           capture_output=True, text=True, timeout=timeout)
 

@@ -116,10 +116,10 @@ def weights(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize('damage, message', [
-    (lambda path: path.unlink(), '{} is missing: '),
+    (lambda path: path.unlink(), 'lacks {}: '),
     (truncate, '{} has [0-9,]+ bytes, not [0-9,]+: '),
     (flip_a_bit, '{} has a wrong sha256: '),
-    (lambda path: shutil.rmtree(path.parent), 'clip/.* is missing: '),
+    (lambda path: shutil.rmtree(path.parent), 'lacks (clip/[^ ]*(, |: ))+'),
 ], ids=['missing', 'truncated', 'changed', 'folder missing'])
 def test_damaged_weights(damage, message, weights):
     assert component_path('clip') == str(weights/'clip')
@@ -128,15 +128,29 @@ def test_damaged_weights(damage, message, weights):
         component_path('clip')
 
 
-def test_notebook_names_a_damaged_weight_file(tmp_path):
+@pytest.fixture
+def site(tmp_path):
+    "A copy of the package, weights and all, to be damaged; PYTHONPATH finds it first."
     def copy(source, target): (shutil.copy if source.endswith('.py') else os.symlink)(source, target)
     shutil.copytree(ROOT/'egmi', tmp_path/'site/egmi', copy_function=copy, ignore=shutil.ignore_patterns('__pycache__'))
-    damaged = tmp_path/'site/egmi/weights/clap/model.safetensors'
+    return tmp_path/'site'
+
+
+def test_notebook_names_a_damaged_weight_file(site, tmp_path):
+    damaged = site/'egmi/weights/clap/model.safetensors'
     data = damaged.read_bytes()
     damaged.unlink()
     damaged.write_bytes(data[:-1])
-    line = last_line(papermill(tmp_path, tmp_path/'cache', variables=dict(PYTHONPATH=str(tmp_path/'site'))))
+    line = last_line(papermill(tmp_path, tmp_path/'cache', variables=dict(PYTHONPATH=str(site))))
     assert line == f'ValueError: weight file {damaged} has {len(data) - 1:,} bytes, not {len(data):,}: restore it with `git checkout` or reinstall egmi'
+    assert not list(tmp_path.glob('out/*'))
+
+
+def test_report_says_which_weights_are_missing(site, tmp_path):
+    for name in ('judge/sound', 'projection'): shutil.rmtree(site/'egmi/weights'/name)
+    line = last_line(papermill(tmp_path, tmp_path/'cache', notebook=ROOT/'nbs/mini/report.ipynb', variables=dict(PYTHONPATH=str(site))))
+    assert line.startswith(f'FileNotFoundError: {site}/egmi/weights lacks ') and line.endswith(': restore it with `git checkout` or reinstall egmi')
+    assert all(f'{name}/model.safetensors' in line for name in ('judge/sound', 'projection')) and 'clip/model.safetensors' not in line
     assert not list(tmp_path.glob('out/*'))
 
 

@@ -12,6 +12,7 @@ from torchaudio.transforms import AmplitudeToDB, MelSpectrogram
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import ClapConfig, ClapFeatureExtractor, ClapModel, RobertaTokenizer
 
+from ..config import WEIGHTS
 from ..fitting import FitConfig, batch_indices
 from .clip import learn_merges, prefixed_ids, with_prefixes
 from .corpus import render_corpus
@@ -65,9 +66,11 @@ def main(
     n_scenes:int=16000,  # rendered scenes, seed 0
     lr:float=1e-3,       # learning rate
     device:str='auto',   # cpu, cuda...
+    onward:bool=False,   # start from the published weights, for another round
+    root:str=WEIGHTS,    # folder of components to publish into
 ):
     "Train the small CLAP"
-    making, corpus, config = Making('clap', device), render_corpus('train', n_scenes), FitConfig(steps, batch_size, lr=lr)
+    making, corpus, config = Making('clap', device, root, onward), render_corpus('train', n_scenes), FitConfig(steps, batch_size, lr=lr)
     tokenizer, extractor = roberta_tokenizer(with_prefixes(corpus.captions[:4000])), feature_extractor()
     ids_2NL, features = prefixed_ids(tokenizer, corpus.captions, 'The sound of ').to(making.device), ClapFeatures(extractor).to(making.device)
     torch.manual_seed(config.seed)

@@ -17,6 +17,7 @@ from fastcore.script import call_parse
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
+from ..config import WEIGHTS
 from ..fitting import FitConfig, batch_indices
 from .corpus import render_corpus
 from .factors import OBJECTS, WORDS, noun_phrase
@@ -78,14 +79,18 @@ def look_alikes(
 # %% ../../nbs/mini/07_clip.ipynb #40689251
 @call_parse
 def main(
-    steps:int=1200,      # training steps
+    steps:int=1200,      # training steps of both towers
+    vision_steps:int=3000, # further steps of the vision tower alone
     batch_size:int=64,   # pairs a step; the others in the batch are the negatives
     n_scenes:int=16000,  # rendered scenes, seed 0
     lr:float=1e-3,       # learning rate
+    parts:str='contrastive vision', # what to train; without `contrastive` it is taken from the published weights
     device:str='auto',   # cpu, cuda...
+    onward:bool=False,   # start from the published weights, for another round
+    root:str=WEIGHTS,    # folder of components to publish into
 ):
     "Train the small CLIP"
-    making, corpus, config = Making('clip', device), render_corpus('train', n_scenes), FitConfig(steps, batch_size, lr=lr)
+    making, corpus, config = Making('clip', device, root, onward), render_corpus('train', n_scenes), FitConfig(steps, batch_size, lr=lr)
     tokenizer, processor = clip_tokenizer(with_prefixes(corpus.captions[:4000])), image_processor()
     ids_2NL = prefixed_ids(tokenizer, corpus.captions, 'The image of ').to(making.device)
     lengths_N = (ids_2NL[1] != tokenizer.pad_token_id).sum(1) + 1
@@ -100,7 +105,11 @@ def main(
         x_B3HW = (x_BHW3.permute(0, 3, 1, 2) / 255 - mean) / std
         ids_BL = ids_2NL[torch.randint(2, (len(rows),)), rows]
         return model(input_ids=ids_BL[:, :lengths_N[rows].max()], pixel_values=x_B3HW, return_loss=True).loss
-    making.fit('contrastive', model, loss_fn, config)
+    if 'contrastive' in parts: making.fit('contrastive', model, loss_fn, config)
+    else: making.load('contrastive', model)
+    if 'vision' in parts:
+        for tower in (model.text_model, model.text_projection): tower.requires_grad_(False)
+        making.fit('vision', model, loss_fn, replace(config, steps=vision_steps))
     publish(making, lambda folder: [part.save_pretrained(folder) for part in (model.half(), tokenizer, processor)])
 
 # %% ../../nbs/mini/07_clip.ipynb #4be1c8d2

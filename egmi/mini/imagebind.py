@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 from transformers import CLIPTokenizer
 
-from ..config import component_path
+from ..config import WEIGHTS, component_path
 from ..fitting import FitConfig, batch_indices
 from ..imagebind import ImageBind, ImageBindConfig, preprocess_audio, preprocess_images
 from .clip import prefixed_ids
@@ -40,9 +40,11 @@ def main(
     n_scenes:int=16000,  # rendered scenes, seed 0
     lr:float=5e-4,       # learning rate
     device:str='auto',   # cpu, cuda...
+    onward:bool=False,   # start from the published weights, for another round
+    root:str=WEIGHTS,    # folder of components to publish into
 ):
     "Train the small ImageBind; it borrows the small CLIP's tokenizer"
-    making, corpus, config = Making('imagebind', device), render_corpus('train', n_scenes), FitConfig(steps, batch_size, lr=lr)
+    making, corpus, config = Making('imagebind', device, root, onward), render_corpus('train', n_scenes), FitConfig(steps, batch_size, lr=lr)
     tokenizer = CLIPTokenizer.from_pretrained(component_path('clip'))
     sizes = replace(ImageBindConfig.mini(), vocab=len(tokenizer), eos_id=tokenizer.eos_token_id)
     ids_NL = prefixed_ids(tokenizer, corpus.captions, '')[0].to(making.device)

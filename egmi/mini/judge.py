@@ -12,6 +12,7 @@ from fastcore.script import call_parse
 from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 
+from ..config import WEIGHTS
 from ..fitting import FitConfig, batch_indices
 from ..generators import log_mel
 from .corpus import render_corpus
@@ -107,9 +108,11 @@ def main(
     n_scenes:int=12000,  # rendered scenes, seed 1
     lr:float=2e-3,       # learning rate
     device:str='auto',   # cpu, cuda...
+    onward:bool=False,   # start from the published weights, for another round
+    root:str=WEIGHTS,    # folder of components to publish into
 ):
     "Train the picture judge and the sound judge"
-    making, corpus = Making('judge', device), render_corpus('train', n_scenes, seed=1)
+    making, corpus = Making('judge', device, root, onward), render_corpus('train', n_scenes, seed=1)
     config = FitConfig(steps, batch_size, lr=lr, seed=1)
     judges = {sense: train_sense(making, sense, corpus, config) for sense in SENSES}
     publish(making, lambda folder: [judge.half().save_pretrained(folder/sense) for sense, judge in judges.items()])

@@ -11,6 +11,7 @@ from fastcore.script import call_parse
 from PIL import Image
 from safetensors.torch import save_file
 
+from ..config import WEIGHTS
 from ..fitting import FitConfig, batch_indices
 from .corpus import render_corpus
 from .weights import Making, publish
@@ -24,9 +25,11 @@ def main(
     n_scenes:int=16000,  # rendered scenes, seed 0
     lr:float=5e-3,       # learning rate
     device:str='auto',   # cpu, cuda...
+    onward:bool=False,   # start from the published weights, for another round
+    root:str=WEIGHTS,    # folder of components to publish into
 ):
     "Train the projection from ImageBind into SmolLM2; the small ImageBind must exist"
-    making, corpus, config = Making('projection', device), render_corpus('train', n_scenes), FitConfig(steps, batch_size, lr=lr)
+    making, corpus, config = Making('projection', device, root, onward), render_corpus('train', n_scenes), FitConfig(steps, batch_size, lr=lr)
     torch.manual_seed(config.seed)
     panda = PandaGPT.from_pretrained(projection=None, device=making.device)
     panda.projection.requires_grad_(True)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from safetensors.torch import load_file
 
 from ..config import WEIGHTS, cache_dir, file_hash, pick_device, write_json
 from ..fitting import FitConfig, fit, smooth
@@ -22,18 +23,27 @@ class Making:
     def __init__(self,
         name:str,         # folder in the package's weights
         device:str='auto',# as `pick_device` takes it
-        root:Path=WEIGHTS # where the folder goes
+        root:Path=WEIGHTS,# where the folder goes
+        onward:bool=False # each part starts from its published weights, for another round
     ):
-        self.name, self.device, self.root = name, pick_device(device), Path(root)
+        self.name, self.device, self.root, self.onward = name, pick_device(device), Path(root), onward
         self.checkpoints = cache_dir('training', name)
         self.losses, self.seconds = {}, {}
 
+    def load(self, part:str, module)->str:
+        "Give `module` the published weights of a part; returns their sha256"
+        folder = self.root/self.name
+        path = next((folder/part if (folder/part).is_dir() else folder).glob('*.safetensors'))
+        module.load_state_dict(load_file(path))
+        return file_hash(path)
+
     def fit(self, part:str, module, loss_fn, config:FitConfig):
         "Fit one part, in bfloat16 mixed precision where the processor has it; seconds of interrupted runs add up"
-        clock, start = self.checkpoints/f'{part}.seconds', time.perf_counter()
+        round_name = f'{part}-{self.load(part, module)[:8]}' if self.onward else part
+        clock, start = self.checkpoints/f'{round_name}.seconds', time.perf_counter()
         before = float(clock.read_text()) if clock.exists() else 0.
         amp = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type != 'cpu' or torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        try: self.losses[part] = fit(module.to(self.device).train(), amp(loss_fn), config, self.checkpoints/f'{part}.pt', desc=f'{self.name} {part}')
+        try: self.losses[part] = fit(module.to(self.device).train(), amp(loss_fn), config, self.checkpoints/f'{round_name}.pt', desc=f'{self.name} {part}')
         finally:
             self.seconds[part] = round(before + time.perf_counter() - start, 1)
             clock.write_text(str(self.seconds[part]))
@@ -59,9 +69,13 @@ def publish(
     save(beside)
     for path in beside.rglob('config.json'): # diffusers notes where a model was loaded from
         write_json(path, {k: v for k, v in json.loads(path.read_text()).items() if k != '_name_or_path'})
-    for part, losses in making.losses.items(): pd.Series(losses, name='loss').round(5).to_csv(beside/f'loss-{part}.csv', index_label='step')
     history = beside/'training.json'
-    write_json(history, (json.loads(history.read_text()) if history.exists() else {}) | record(making))
+    made, now = json.loads(history.read_text()) if history.exists() else {}, record(making)
+    for part, losses in making.losses.items():
+        curve = beside/f'loss-{part}.csv'
+        if making.onward: losses, now[part]['onward_from'] = [*pd.read_csv(curve)['loss'], *losses], made[part]
+        pd.Series(losses, name='loss').round(5).to_csv(curve, index_label='step')
+    write_json(history, made | now)
     shutil.rmtree(folder, ignore_errors=True)
     beside.rename(folder)
     write_manifest(making.root)
