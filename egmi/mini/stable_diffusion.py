@@ -81,10 +81,8 @@ def train_vae(
 )->AutoencoderKL:
     "Train an autoencoder of pictures or of log-mels"
     torch.manual_seed(config.seed)
-    vae = make_vae().to(memory_format=torch.channels_last)
-    def loss_fn(step):
-        x_BCHW = see(batch_indices(n, step, config))
-        return vae_loss(vae, x_BCHW.to(making.device, memory_format=torch.channels_last))
+    vae = make_vae()
+    def loss_fn(step): return vae_loss(vae, see(batch_indices(n, step, config)).to(making.device))
     return making.fit('vae', vae, loss_fn, config)
 
 # %% ../../nbs/mini/10_stable_diffusion.ipynb #6d362203
