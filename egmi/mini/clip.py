@@ -26,9 +26,9 @@ from .weights import Making, publish
 # %% ../../nbs/mini/07_clip.ipynb #1c2b3991
 def with_prefixes(captions:list[str])->list[str]: return [p + c for c in captions for p in ('', 'The image of ', 'The sound of ')]
 
-def learn_merges(tokenizer, texts:list[str], vocab_size:int)->list[tuple]:
-    "The byte-pair merges that a tokenizer's own text splitting gives on `texts`, most frequent first"
-    trained = tokenizer.train_new_from_iterator([texts], vocab_size=vocab_size, show_progress=False)
+def learn_merges(tokenizer, texts:list[str], vocab_size:int, endings=())->list[tuple]:
+    "The byte-pair merges that a tokenizer's own text splitting gives on `texts`, most frequent first; ties go by the order of bytes and `endings`"
+    trained = tokenizer.train_new_from_iterator([texts], vocab_size=vocab_size, new_special_tokens=list(endings), show_progress=False)
     return [tuple(pair) for pair in json.loads(trained.backend_tokenizer.to_str())['model']['merges']]
 
 def clip_tokenizer(
@@ -38,8 +38,8 @@ def clip_tokenizer(
 )->CLIPTokenizer:
     "A CLIP tokenizer with merges of its own"
     letters = sorted(ByteLevel.alphabet())
-    base = letters + [c + '</w>' for c in letters]
-    merges = learn_merges(CLIPTokenizer(), texts, vocab_size)[:vocab_size - len(base) - 2]
+    base = letters + (endings := [c + '</w>' for c in letters])
+    merges = learn_merges(CLIPTokenizer(), texts, vocab_size, endings)[:vocab_size - len(base) - 2]
     tokens = base + [a + b for a, b in merges] + ['<|startoftext|>', '<|endoftext|>']
     return CLIPTokenizer({t: i for i, t in enumerate(tokens)}, merges, model_max_length=max_length)
 
