@@ -88,16 +88,17 @@ def jitter(x_BCHW, sense:str):
     gain = 0. if sense == 'picture' else amount(2.) - 1.
     return x_BCHW + gain + amount(.1 if sense == 'picture' else .5) * torch.randn_like(x_BCHW)
 
-def train_sense(making:Making, sense:str, corpus, config:FitConfig)->Judge:
-    "Train the picture or the sound judge"
+def train_sense(making:Making, sense:str, corpora:list, config:FitConfig)->Judge:
+    "Train the picture or the sound judge on batches of each corpus in turn"
     torch.manual_seed(config.seed)
     judge = Judge(*SENSES[sense])
-    see = dict(picture=lambda rows: picture_tensor(corpus.images_NHWC[rows]), sound=lambda rows: torch.from_numpy(corpus.mels_NTF[rows]).float()[:, None])[sense]
-    targets = dict(zip(FACTOR_VALUES, torch.tensor(np.array(corpus.labels_NF)).to(making.device).T))
+    see = dict(picture=lambda corpus, rows: picture_tensor(corpus.images_NHWC[rows]),
+               sound=lambda corpus, rows: torch.from_numpy(corpus.mels_NTF[rows]).float()[:, None])[sense]
     def loss_fn(step):
-        rows = np.sort(batch_indices(len(corpus), step, config))
-        logits = judge(jitter(see(rows).to(making.device), sense))
-        return sum(nn.functional.cross_entropy(l_BK, targets[name][rows]) for name, l_BK in logits.items())
+        corpus = corpora[step % len(corpora)]
+        rows = np.sort(batch_indices(len(corpus), step // len(corpora), config))
+        logits, labels_BF = judge(jitter(see(corpus, rows).to(making.device), sense)), torch.from_numpy(corpus.labels_NF[rows]).to(making.device)
+        return sum(nn.functional.cross_entropy(l_BK, labels_BF[:, list(FACTOR_VALUES).index(name)]) for name, l_BK in logits.items())
     return making.fit(sense, judge, loss_fn, config)
 
 # %% ../../nbs/mini/06_judge.ipynb #df91f485
@@ -105,14 +106,14 @@ def train_sense(making:Making, sense:str, corpus, config:FitConfig)->Judge:
 def main(
     steps:int=1200,      # training steps of each judge
     batch_size:int=32,   # scenes a step
-    n_scenes:int=12000,  # rendered scenes, seed 1
+    n_scenes:int=6000,   # rendered scenes of each of the two splits, seed 1
     lr:float=2e-3,       # learning rate
     device:str='auto',   # cpu, cuda...
     onward:bool=False,   # start from the published weights, for another round
     root:str=WEIGHTS,    # folder of components to publish into
 ):
     "Train the picture judge and the sound judge"
-    making, corpus = Making('judge', device, root, onward), render_corpus('train', n_scenes, seed=1)
+    making, corpora = Making('judge', device, root, onward), [render_corpus(split, n_scenes, seed=1) for split in ('train', 'compositions')]
     config = FitConfig(steps, batch_size, lr=lr, seed=1)
-    judges = {sense: train_sense(making, sense, corpus, config) for sense in SENSES}
+    judges = {sense: train_sense(making, sense, corpora, config) for sense in SENSES}
     publish(making, lambda folder: [judge.half().save_pretrained(folder/sense) for sense, judge in judges.items()])
