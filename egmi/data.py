@@ -133,6 +133,7 @@ def read_csv(
     try: rows = pd.read_csv(io.StringIO(read_text(path)), dtype=str, keep_default_na=False)
     except pd.errors.ParserError as e: raise ValueError(f'{path} is not a CSV file: {str(e).strip()}') from e
     except pd.errors.EmptyDataError as e: raise ValueError(f'{path} is empty') from e
+    if not isinstance(rows.index, pd.RangeIndex): raise ValueError(f'{path} has more fields in a row than columns: put captions with commas in quotes')
     return tidy(rows, needed, path)
 
 # %% ../nbs/07_data.ipynb #7cf4f2aa
@@ -221,10 +222,11 @@ def keep_good(
     id, times = Counter(e.id for e in examples).most_common(1)[0]
     if times > 1: raise ValueError(f'{name}: {times} examples have the id {id}: give each its own')
     bad = find_bad(examples, decode)
-    share, more = len(bad) / len(examples), f' and {len(bad) - 3:,} more' if len(bad) > 3 else ''
-    line = f'{name}: {len(bad):,} of {len(examples):,} examples ({share:.1%}) are bad: {"; ".join(list(bad.values())[:3])}{more}'
+    share, problems = len(bad) / len(examples), list(dict.fromkeys(bad.values()))
+    more = f' and {len(problems) - 3:,} more' if len(problems) > 3 else ''
+    line = f'{name}: {len(bad):,} of {len(examples):,} examples ({share:.1%}) are bad: {"; ".join(problems[:3])}{more}'
     if share > max_bad: raise ValueError(f'{line}: mend them, or leave them out with max_bad={np.ceil(share * 100) / 100:g}')
-    if bad: warnings.warn(f'{line}: left out')
+    if bad: warnings.warn(f'{line}: left out', stacklevel=3)
     return [e for e in examples if e.id not in bad]
 
 # %% ../nbs/07_data.ipynb #0997a7e8
@@ -299,7 +301,7 @@ def load_audiocaps(
     captions, sounds = Path(captions), Path(sounds)
     rows = read_csv(captions, ['audiocap_id', 'youtube_id', 'start_time', 'caption'])
     if ids: rows = pick_captions(rows, Path(ids))
-    stored = {p.stem: p for p in sounds.iterdir() if p.suffix.lower() in SOUNDS}
+    stored = {p.stem: p for p in sorted(sounds.iterdir()) if p.suffix.lower() in SOUNDS}
     def find(row):
         if not row.start_time.isdecimal(): raise ValueError(f'{captions}: start_time of {row.audiocap_id} is {row.start_time!r}: give whole seconds')
         names = clip_names(row.youtube_id, int(row.start_time))
@@ -317,14 +319,17 @@ def load_vctk(
     if mic not in ('mic1', 'mic2'): raise ValueError(f'there is no microphone {mic!r}: choose mic1 or mic2')
     texts = {p.stem: p for p in Path(folder).glob('txt/*/*.txt')}
     sounds = {p.stem.removesuffix(f'_{mic}'): p for p in Path(folder).glob(f'wav48_silence_trimmed/*/*_{mic}.flac')}
-    known, skipped, examples = dict(p315=texts, p362=sounds) | (dict(p280=sounds) if mic == 'mic2' else {}), Counter(), []
+    gaps, skipped, examples = dict(p315=texts, p362=sounds), Counter(), []
+    if mic == 'mic2': gaps['p280'] = sounds
     for utterance in sorted(texts | sounds):
         speaker = utterance.split('_')[0]
-        if utterance not in known.get(speaker, [utterance]): skipped[speaker] += 1; continue
+        if speaker in gaps and utterance not in gaps[speaker]:
+            skipped[speaker] += 1
+            continue
         caption = read_text(texts[utterance]).strip() if utterance in texts else ''
         sound = sounds.get(utterance, Path(folder)/'wav48_silence_trimmed'/speaker/f'{utterance}_{mic}.flac')
         examples.append(FileExample(f'vctk/{utterance}_{mic}', caption, audio_file=sound))
-    if skipped: warnings.warn(f'{folder}: skipped {", ".join(f"{n:,} of {s}" for s, n in sorted(skipped.items()))}: known gaps of VCTK 0.92')
+    if skipped: warnings.warn(f'{folder}: skipped {", ".join(f"{n:,} of {s}" for s, n in sorted(skipped.items()))}: known gaps of VCTK 0.92', stacklevel=2)
     return keep_good(examples, folder, **check)
 
 # %% ../nbs/07_data.ipynb #bc38a6b7
