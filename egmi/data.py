@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['ADVICE', 'IMAGES', 'SOUNDS', 'toybox', 'ids_hash', 'tally', 'FileExample', 'bad_file', 'opened', 'read_image',
-           'audio_info', 'read_audio', 'read_text', 'tidy', 'read_csv', 'read_rows', 'load_folder', 'check_image',
-           'check_audio', 'find_bad', 'keep_good', 'read_json', 'load_coco', 'load_karpathy', 'clip_names',
-           'pick_captions', 'load_audiocaps', 'load_vctk', 'Cell', 'wav_bytes', 'media_cells', 'load_huggingface']
+           'audio_info', 'read_audio', 'read_text', 'tidy', 'read_csv', 'read_jsonl', 'read_rows', 'load_folder',
+           'check_image', 'check_audio', 'find_bad', 'keep_good', 'read_json', 'load_coco', 'load_karpathy',
+           'clip_names', 'pick_captions', 'load_audiocaps', 'load_vctk', 'Cell', 'wav_bytes', 'media_cells',
+           'load_huggingface']
 
 # %% ../nbs/07_data.ipynb #b488b679
 import hashlib, io, json, warnings
@@ -136,6 +137,17 @@ def read_csv(
     if not isinstance(rows.index, pd.RangeIndex): raise ValueError(f'{path} has more fields in a row than columns: put captions with commas in quotes')
     return tidy(rows, needed, path)
 
+def read_jsonl(
+    path:Path,
+    needed:list # fields
+)->pd.DataFrame:
+    "A file with a JSON record on each line"
+    rows = []
+    for number, line in enumerate(read_text(path).split('\n'), 1):
+        try: rows += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError as e: raise ValueError(f'{path}: line {number} is not JSON ({e}): mend it or take it out') from e
+    return tidy(pd.DataFrame(rows), needed, path)
+
 # %% ../nbs/07_data.ipynb #7cf4f2aa
 IMAGES, SOUNDS = ('.png', '.jpg', '.jpeg', '.webp', '.bmp'), ('.wav', '.flac', '.ogg', '.mp3')
 
@@ -145,7 +157,7 @@ def read_rows(
     "The captions of a folder, from whichever of the three forms it has"
     needed = ['image', 'caption']
     if (folder/'captions.csv').exists(): rows = read_csv(folder/'captions.csv', needed)
-    elif (folder/'captions.jsonl').exists(): rows = tidy(pd.read_json(folder/'captions.jsonl', lines=True, dtype=False), needed, folder/'captions.jsonl')
+    elif (folder/'captions.jsonl').exists(): rows = read_jsonl(folder/'captions.jsonl', needed)
     else:
         texts = sorted(p.with_suffix('.txt') for p in folder.iterdir() if p.suffix.lower() in IMAGES and p.with_suffix('.txt').exists())
         pictures = [next(p.name for p in folder.glob(t.stem + '.*') if p.suffix.lower() in IMAGES) for t in texts]
@@ -161,7 +173,7 @@ def load_folder(
     folder, examples = Path(folder), []
     if not folder.is_dir(): raise FileNotFoundError(f'there is no folder {folder}')
     for number, row in enumerate(read_rows(folder).to_dict('records'), 1):
-        caption, image_path = str(row['caption']).strip(), folder/row['image']
+        caption, image_path = str(row['caption']).strip(), folder/str(row['image'])
         if not caption: raise ValueError(f'{folder}: the caption of row {number} ({row["image"]}) is empty: write one or take the row out')
         beside = [image_path.with_suffix(s) for s in SOUNDS if image_path.with_suffix(s).exists()]
         audio_path = folder/row['audio'] if row.get('audio') else next(iter(beside), None)
@@ -218,7 +230,7 @@ def keep_good(
     decode:bool=False  # decode every picture and sound, and look for silence
 )->list:
     "Leave bad examples out and say so; too many are an error"
-    if not examples: raise ValueError(f'{name} has no examples')
+    if not examples: raise ValueError(f'{name} has no examples: check its path and layout')
     id, times = Counter(e.id for e in examples).most_common(1)[0]
     if times > 1: raise ValueError(f'{name}: {times} examples have the id {id}: give each its own')
     bad = find_bad(examples, decode)
@@ -262,12 +274,13 @@ def load_karpathy(
     **check          # `max_bad` and `decode` of `keep_good`
 )->list:             # FileExample, one for each caption
     "A part of Karpathy's split of COCO"
-    folder = Path(folder)
-    images, = read_json(folder/'dataset_coco.json', images=['filepath', 'filename', 'split', 'cocoid', 'sentences'])
-    unknown = set(split.split('+')) - set(images.split)
-    if unknown: raise ValueError(f'{folder/"dataset_coco.json"} has no split {", ".join(sorted(unknown))}: choose from {", ".join(sorted(set(images.split)))}')
-    examples = [FileExample(f'coco/{i.cocoid}/{s["sentid"]}', s['raw'].strip(), folder/i.filepath/i.filename)
-                for i in images[images.split.isin(split.split('+'))].itertuples() for s in i.sentences]
+    path, splits = Path(folder)/'dataset_coco.json', split.split('+')
+    images, = read_json(path, images=['filepath', 'filename', 'split', 'cocoid', 'sentences'])
+    unknown = set(splits) - set(images.split)
+    if unknown: raise ValueError(f'{path} has no split {", ".join(sorted(unknown))}: choose from {", ".join(sorted(set(images.split)))}')
+    rows = [s | dict(cocoid=i.cocoid, file=Path(folder)/i.filepath/i.filename) for i in images[images.split.isin(splits)].itertuples() for s in i.sentences]
+    captions = tidy(pd.DataFrame(rows), ['sentid', 'raw'], f'{path}, sentences,')
+    examples = [FileExample(f'coco/{c.cocoid}/{c.sentid}', c.raw.strip(), c.file) for c in captions.itertuples()]
     return keep_good(examples, f'COCO {split}', **check)
 
 # %% ../nbs/07_data.ipynb #a1a649f9
@@ -389,8 +402,10 @@ def load_huggingface(
     import datasets
     if not isinstance(dataset, datasets.Dataset): raise ValueError(f'{name} is a {type(dataset).__name__}, not a Dataset: choose a split, without streaming')
     tidy(pd.DataFrame(columns=dataset.column_names), [c for c in (caption, image, audio) if c], name)
+    feature = getattr(dataset.features[caption], 'feature', dataset.features[caption])
+    if getattr(feature, 'dtype', None) not in ('string', 'large_string'): raise ValueError(f'{name}: column {caption} holds {feature}, not text: choose another')
     examples = []
     for row, (texts, picture, sound) in enumerate(zip(dataset.with_format(None)[caption], media_cells(dataset, image), media_cells(dataset, audio))):
         texts = texts if isinstance(texts, list) else [texts]
-        examples += [FileExample(f'{name}/{row}/{k}', (text or '').strip(), picture, sound) for k, text in enumerate(texts)]
+        examples += [FileExample(f'{name}/{row}/{k}', (text or '').strip(), picture, sound) for k, text in enumerate(texts or [''])]
     return keep_good(examples, name, **check)
