@@ -58,7 +58,7 @@ def through_vae(vae:AutoencoderKL, mels_NTF, batch_size:int=64)->np.ndarray: # f
 
 def train_vocoder(making:Making, corpus, vae:AutoencoderKL, config:FitConfig, frames:int=32)->SpeechT5HifiGan:
     given_NTF = np.array(corpus.mels_NTF)
-    given_NTF[::2] = through_vae(vae, given_NTF[::2])
+    given_NTF[::4] = through_vae(vae, given_NTF[::4])
     torch.manual_seed(config.seed)
     vocoder = vocoder_model()
     for m in vocoder.modules():
