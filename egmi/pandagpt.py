@@ -106,7 +106,7 @@ def check_llm(
     source   # where both come from, for the error
 ):
     "Raise a ValueError if weights are missing or tokens have no embedding"
-    if missing: raise ValueError(f'the weights in {source} lack {len(missing)} parameters, first {min(missing)}: get all of its files')
+    if missing: raise ValueError(f"{source} lacks {len(missing)} of its LLM's weights, first {min(missing)}: get all of its files")
     tokens, rows = len(tokenizer), llm.get_input_embeddings().num_embeddings
     if tokens > rows:
         raise ValueError(f'the tokenizer in {source} has {tokens} tokens, but the LLM beside it only {rows} embeddings: '
@@ -352,10 +352,14 @@ def read_delta(
     try: state = torch.load(path, map_location='cpu', weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as e:
         raise ValueError(f'{path} is damaged or holds other things than tensors, and was not read: download it again') from e
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(key, str) and isinstance(t, Tensor) for key, t in state.items()):
         raise ValueError(f'{path} holds other things than named tensors: give pytorch_model.pt of PandaGPT')
-    published = lambda key: re.sub(r'(lora_[AB])\.weight$', r'\1.default.weight', key.removeprefix('module.'))
-    return {published(key): t.detach() for key, t in state.items()}
+    published = {}
+    for key, t in state.items():
+        name = re.sub(r'(lora_[AB])\.weight$', r'\1.default.weight', key.removeprefix('module.'))
+        if name in published: raise ValueError(f'{path} holds {name} in two spellings, one is {key}: leave one out')
+        published[name] = t.detach()
+    return published
 
 # %% ../nbs/05_pandagpt.ipynb #5959fbb7
 def lora_targets(llm)->dict: # module name -> nn.Linear
