@@ -410,9 +410,9 @@ def merge_delta(
     self.projection.load_state_dict({name: state[f'llama_proj.{name}'] for name in ('weight', 'bias')})
     finer = torch.promote_types(self.llm.dtype, torch.float32)
     for name, linear in lora_targets(self.llm).items():
-        W_DD = linear.weight.to(finer)
-        A_rD, B_Dr = (state[f'llama_model.base_model.model.{name}.lora_{x}.default.weight'].to(W_DD) for x in 'AB')
-        linear.weight.copy_(W_DD + alpha / rank * B_Dr @ A_rD)
+        W = linear.weight.to(finer)
+        A, B = (state[f'llama_model.base_model.model.{name}.lora_{x}.default.weight'].to(W) for x in 'AB')
+        linear.weight.copy_(W + alpha / rank * B @ A)
 
 # %% ../nbs/05_pandagpt.ipynb #a253cc24
 @patch
