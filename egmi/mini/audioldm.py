@@ -51,7 +51,7 @@ def spectral_loss(
 
 # %% ../../nbs/mini/11_audioldm.ipynb #f07009f7
 @torch.no_grad()
-def through_vae(vae:AutoencoderKL, mels_NTF, batch_size:int=64)->np.ndarray: # float16 [N, T, F]
+def through_vae(vae:AutoencoderKL, mels_NTF, batch_size:int=16)->np.ndarray: # float16 [N, T, F]
     "Log-mels as the autoencoder leaves them"
     batches = [torch.from_numpy(mels_NTF[i:i + batch_size]).to(vae.device).float()[:, None] for i in range(0, len(mels_NTF), batch_size)]
     return np.concatenate([vae.decode(vae.encode(x).latent_dist.mean).sample[:, 0].half().cpu().numpy() for x in batches])
