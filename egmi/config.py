@@ -59,6 +59,7 @@ class Preset:
     clip: str              # scores pictures against text
     clap: str              # scores sounds against text
     judge: str|None = None # reads factors back, where the data have any
+    llm_dtype: str = 'float32' # of the LLM and the projection into it
     mapper: dict = field(default_factory=dict) # fields of `MapperConfig` that differ from its defaults
     guidance_image: float = 7.5
     guidance_audio: float = 2.5
@@ -72,7 +73,7 @@ PRESETS = {p.name: p for p in (
            mapper=dict(d_model=256, n_heads=4, n_encoder_layers=2, n_decoder_layers=2, d_ff=256)),
     Preset('paper', llm='vicuna-7b-v0', pandagpt='openllmplayground/pandagpt_7b_max_len_1024', imagebind='imagebind_huge.pth',
            stable_diffusion='stable-diffusion-v1-5/stable-diffusion-v1-5', audioldm='cvssp/audioldm-l-full',
-           clip='openai/clip-vit-large-patch14', clap='laion/clap-htsat-unfused'))}
+           clip='openai/clip-vit-large-patch14', clap='laion/clap-htsat-unfused', llm_dtype='bfloat16'))}
 
 def get_preset(
     name:str # `mini` or `paper`

@@ -52,7 +52,7 @@ def load_panda(
     device='cpu'
 )->PandaGPT:
     "The frozen multimodal LLM of a preset"
-    return PandaGPT.from_pretrained(preset.llm, preset.imagebind, preset.pandagpt, device=device)
+    return PandaGPT.from_pretrained(preset.llm, preset.imagebind, preset.pandagpt, getattr(torch, preset.llm_dtype), device)
 
 def load_generators(
     preset,       # `Preset`
