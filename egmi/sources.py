@@ -47,7 +47,11 @@ SOURCES = dict(paper=(
     Source('Stable Diffusion', 'stable-diffusion-v1-5/stable-diffusion-v1-5', 4.3, 'CreativeML OpenRAIL-M', diffusers_files('unet', 'vae', 'text_encoder')),
     Source('AudioLDM', 'cvssp/audioldm-l-full', 3.9, 'CC BY-NC-SA 4.0', diffusers_files('unet', 'vae', 'text_encoder', 'vocoder')),
     Source('CLIP', 'openai/clip-vit-large-patch14', 1.7, 'MIT', ('*.safetensors|pytorch_model.bin', 'vocab.json', 'merges.txt', 'preprocessor_config.json')),
-    Source('CLAP', 'laion/clap-htsat-unfused', .6, 'Apache-2.0', ('*.safetensors|pytorch_model.bin', 'vocab.json', 'merges.txt', 'preprocessor_config.json'))))
+    Source('CLAP', 'laion/clap-htsat-unfused', .6, 'Apache-2.0', ('*.safetensors|pytorch_model.bin', 'vocab.json', 'merges.txt', 'preprocessor_config.json')),
+    Source('Cnn14', 'Cnn14_16k_mAP=0.438.pth', .36, 'CC BY 4.0', url='https://zenodo.org/records/3987831/files/Cnn14_16k_mAP%3D0.438.pth',
+           bytes=358_668_570, sha256='e2ee543a27919542c2ea03eabaa70b24dcd4e6c8e05621de6b67a94e4c5058e6'),
+    Source('VGGish', 'vggish-10086976.pth', .29, 'Apache-2.0', url='https://github.com/harritaylor/torchvggish/releases/download/v0.1/vggish-10086976.pth',
+           bytes=288_567_937, sha256='10086976245803799d9194e9a73d9b6c1549c71d1b80106f5cade5608a561f4b')))
 
 # %% ../nbs/10b_sources.ipynb #82df1938
 def place(source:Source)->Path|None: # None if it is not there
