@@ -104,25 +104,30 @@ class Cnn14(nn.Module):
         "The published network"
         return filled(cls, read_checkpoint(path).get('model'), path, device)
 
-    def log_mel(self,
-        wave_BT:torch.Tensor # 16 kHz
-    )->torch.Tensor:         # [B, T, M], a frame every 160 samples, in dB
-        "The spectrogram that the convolutions look at"
-        wave_B1T = F.pad(wave_BT[:, None], (256, 256), mode='reflect')
-        power_BFT = sum(part(wave_B1T)**2 for part in self.spectrogram_extractor['stft'].values())
-        return 10 * (power_BFT.transpose(1, 2) @ self.logmel_extractor['melW']).clamp(min=1e-10).log10()
+# %% ../nbs/12c_listeners.ipynb #92eaed4b
+@patch
+def log_mel(self:Cnn14,
+    wave_BT:torch.Tensor # 16 kHz
+)->torch.Tensor:         # [B, T, M], a frame every 160 samples, in dB
+    "The spectrogram that the convolutions look at"
+    wave_B1T = F.pad(wave_BT[:, None], (256, 256), mode='reflect')
+    power_BFT = sum(part(wave_B1T)**2 for part in self.spectrogram_extractor['stft'].values())
+    return 10 * (power_BFT.transpose(1, 2) @ self.logmel_extractor['melW']).clamp(min=1e-10).log10()
 
-    def forward(self,
-        wave_BT:torch.Tensor              # 16 kHz, at least 32 frames
-    )->tuple[torch.Tensor, torch.Tensor]: # features [B, 2048], logits [B, 527]
-        x_BMT1 = self.bn0(self.log_mel(wave_BT).transpose(1, 2)[..., None])
-        x_BCTM = x_BMT1.transpose(1, 3)
-        for i in range(1, 6): x_BCTM = F.avg_pool2d(self.get_submodule(f'conv_block{i}')(x_BCTM), 2)
-        x_BCT = self.conv_block6(x_BCTM).mean(3)
-        feature_BD = self.fc1(x_BCT.amax(2) + x_BCT.mean(2)).relu()
-        return feature_BD, self.fc_audioset(feature_BD)
+# %% ../nbs/12c_listeners.ipynb #37358122
+@patch
+def forward(self:Cnn14,
+    wave_BT:torch.Tensor              # 16 kHz, at least 32 frames
+)->tuple[torch.Tensor, torch.Tensor]: # features [B, 2048], logits [B, 527]
+    "What Cnn14 makes of a batch"
+    x_BMT1 = self.bn0(self.log_mel(wave_BT).transpose(1, 2)[..., None])
+    x_BCTM = x_BMT1.transpose(1, 3)
+    for i in range(1, 6): x_BCTM = F.avg_pool2d(self.get_submodule(f'conv_block{i}')(x_BCTM), 2)
+    x_BCT = self.conv_block6(x_BCTM).mean(3)
+    feature_BD = self.fc1(x_BCT.amax(2) + x_BCT.mean(2)).relu()
+    return feature_BD, self.fc_audioset(feature_BD)
 
-# %% ../nbs/12c_listeners.ipynb #d68fd4ee
+# %% ../nbs/12c_listeners.ipynb #d5a9df20
 SHORTEST = 2 * RATE # samples
 
 @patch
@@ -156,7 +161,7 @@ def logits(self:Cnn14,
     "Logits of AudioSet's classes for KL and inception score"
     return self.listen(waves, sample_rate)[1]
 
-# %% ../nbs/12c_listeners.ipynb #c10b0713
+# %% ../nbs/12c_listeners.ipynb #835ed564
 @cache
 def vggish_mels()->np.ndarray: # [F, M]
     "VGGish's mel filters for 512 points"
@@ -165,7 +170,7 @@ def vggish_mels()->np.ndarray: # [F, M]
     bins_F = mel(np.fft.rfftfreq(512, 1 / RATE))
     return np.stack([np.interp(bins_F, edges[m:m + 3], [0, 1, 0]) for m in range(64)], axis=1)
 
-# %% ../nbs/12c_listeners.ipynb #6fd2723d
+# %% ../nbs/12c_listeners.ipynb #dbfe86ba
 EXAMPLE = 96 * 160 + 240 # samples that 96 frames of 400 need, 160 apart
 
 def log_mel_examples(
@@ -177,7 +182,7 @@ def log_mel_examples(
     frames_ENT = np.lib.stride_tricks.sliding_window_view(examples_ET, 400, axis=1)[:, ::160] * np.hanning(401)[:-1]
     return np.log(np.abs(np.fft.rfft(frames_ENT, 512)) @ vggish_mels() + .01).astype(np.float32)
 
-# %% ../nbs/12c_listeners.ipynb #fe1cb2e2
+# %% ../nbs/12c_listeners.ipynb #c1e21e6c
 class VGGish(nn.Module):
     "VGGish: 128 features of 0.96 s"
     def __init__(self,
@@ -207,23 +212,27 @@ class VGGish(nn.Module):
         feature_BD = self.embeddings(x_BCTM.permute(0, 2, 3, 1).flatten(1))
         return feature_BD.relu() if self.original else feature_BD
 
-    def examples(self,
-        wave_T:np.ndarray, # 16 kHz
-        name:str           # for errors
-    )->np.ndarray:         # [E, 96, M]
-        "The parts of a sound that are heard; what is left over at the end is not"
-        step, needed = (8_000, RATE) if self.original else (15_360, EXAMPLE)
-        if len(wave_T) < needed: raise ValueError(f'{name} has {len(wave_T):,} samples at 16 kHz, less than the {needed:,} that VGGish hears at once: leave it out or add silence')
-        if self.original: wave_T = wave_T / max(.1, wave_T.max())
-        return log_mel_examples(wave_T, range(0, len(wave_T) - needed + 1, step))
+# %% ../nbs/12c_listeners.ipynb #4a2212b9
+@patch
+def examples(self:VGGish,
+    wave_T:np.ndarray, # 16 kHz
+    name:str           # for errors
+)->np.ndarray:         # [E, 96, M]
+    "The parts of a sound that are heard; what is left over at the end is not"
+    step, needed = (8_000, RATE) if self.original else (15_360, EXAMPLE)
+    if len(wave_T) < needed: raise ValueError(f'{name} has {len(wave_T):,} samples at 16 kHz, less than the {needed:,} that VGGish hears at once: leave it out or add silence')
+    if self.original: wave_T = wave_T / max(.1, wave_T.max())
+    return log_mel_examples(wave_T, range(0, len(wave_T) - needed + 1, step))
 
-    @torch.no_grad()
-    def embed(self,
-        waves,           # N mono sounds, floats between -1 and 1
-        sample_rate:int, # of all of them, in Hz
-        batch_size:int=64
-    )->np.ndarray:       # [E, 128], the examples of the first sound, then those of the second, ...
-        "Features for the Fréchet audio distance"
-        mel_ETM = torch.tensor(np.concatenate([self.examples(wave_T, f'sound {i}') for i, wave_T in enumerate(at_16k(waves, sample_rate))]))
-        device = self.embeddings[0].weight.device
-        with full_precision(): return torch.cat([self(batch.to(device)).cpu() for batch in mel_ETM.split(batch_size)]).numpy()
+# %% ../nbs/12c_listeners.ipynb #05d34aa9
+@patch
+@torch.no_grad()
+def embed(self:VGGish,
+    waves,           # N mono sounds, floats between -1 and 1
+    sample_rate:int, # of all of them, in Hz
+    batch_size:int=64
+)->np.ndarray:       # [E, 128], the examples of the first sound, then those of the second, ...
+    "Features for the Fréchet audio distance"
+    mel_ETM = torch.tensor(np.concatenate([self.examples(wave_T, f'sound {i}') for i, wave_T in enumerate(at_16k(waves, sample_rate))]))
+    device = self.embeddings[0].weight.device
+    with full_precision(): return torch.cat([self(batch.to(device)).cpu() for batch in mel_ETM.split(batch_size)]).numpy()
