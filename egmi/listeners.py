@@ -190,10 +190,9 @@ class VGGish(nn.Module):
     ):
         super().__init__()
         self.original = original
-        layers = []
-        for n_in, n_out in pairwise((1, 64, 128, 256, 256, 512, 512)):
-            layers += [nn.Conv2d(n_in, n_out, 3, padding=1), nn.ReLU()] + [nn.MaxPool2d(2)] * ((n_in, n_out) not in ((128, 256), (256, 512)))
-        self.features = nn.Sequential(*layers)
+        conv = lambda n_in, n_out: (nn.Conv2d(n_in, n_out, 3, padding=1), nn.ReLU())
+        self.features = nn.Sequential(*conv(1, 64), nn.MaxPool2d(2), *conv(64, 128), nn.MaxPool2d(2), *conv(128, 256), *conv(256, 256), nn.MaxPool2d(2),
+                                      *conv(256, 512), *conv(512, 512), nn.MaxPool2d(2))
         self.embeddings = nn.Sequential(nn.Linear(6 * 4 * 512, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, 128))
 
     @classmethod
@@ -212,6 +211,17 @@ class VGGish(nn.Module):
         feature_BD = self.embeddings(x_BCTM.permute(0, 2, 3, 1).flatten(1))
         return feature_BD.relu() if self.original else feature_BD
 
+    @torch.no_grad()
+    def embed(self,
+        waves,           # N mono sounds, floats between -1 and 1
+        sample_rate:int, # of all of them, in Hz
+        batch_size:int=64
+    )->np.ndarray:       # [E, 128], the examples of the first sound, then those of the second, ...
+        "Features for the Fréchet audio distance"
+        mel_ETM = torch.tensor(np.concatenate([self.examples(wave_T, f'sound {i}') for i, wave_T in enumerate(at_16k(waves, sample_rate))]))
+        device = self.embeddings[0].weight.device
+        with full_precision(): return torch.cat([self(batch.to(device)).cpu() for batch in mel_ETM.split(batch_size)]).numpy()
+
 # %% ../nbs/12c_listeners.ipynb #4a2212b9
 @patch
 def examples(self:VGGish,
@@ -223,16 +233,3 @@ def examples(self:VGGish,
     if len(wave_T) < needed: raise ValueError(f'{name} has {len(wave_T):,} samples at 16 kHz, less than the {needed:,} that VGGish hears at once: leave it out or add silence')
     if self.original: wave_T = wave_T / max(.1, wave_T.max())
     return log_mel_examples(wave_T, range(0, len(wave_T) - needed + 1, step))
-
-# %% ../nbs/12c_listeners.ipynb #05d34aa9
-@patch
-@torch.no_grad()
-def embed(self:VGGish,
-    waves,           # N mono sounds, floats between -1 and 1
-    sample_rate:int, # of all of them, in Hz
-    batch_size:int=64
-)->np.ndarray:       # [E, 128], the examples of the first sound, then those of the second, ...
-    "Features for the Fréchet audio distance"
-    mel_ETM = torch.tensor(np.concatenate([self.examples(wave_T, f'sound {i}') for i, wave_T in enumerate(at_16k(waves, sample_rate))]))
-    device = self.embeddings[0].weight.device
-    with full_precision(): return torch.cat([self(batch.to(device)).cpu() for batch in mel_ETM.split(batch_size)]).numpy()
