@@ -1,19 +1,20 @@
 """Trainings of the small models as a user runs them: alike for one seed, whole after a kill, and safe on a full disk."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
-import pytest
-
 from conftest import environment
 
+from egmi.config import WEIGHTS
 
-def trainer(name, cache, **options):
+
+def trainer(name, cache, *flags, **options):
     "A running `python -m egmi.mini.NAME`."
-    command = [sys.executable, '-m', f'egmi.mini.{name}', '--device', 'cpu', *(str(word) for k, v in options.items() for word in (f'--{k}', v))]
+    command = [sys.executable, '-m', f'egmi.mini.{name}', '--device', 'cpu', *flags, *(str(word) for k, v in options.items() for word in (f'--{k}', v))]
     return subprocess.Popen(command, env=environment(cache, OMP_NUM_THREADS='1'), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -46,6 +47,15 @@ def test_a_killed_training_goes_on(tmp_path):
     assert killed.returncode == -signal.SIGKILL and not (tmp_path/'resumed/judge').exists()
     finished(trainer('judge', tmp_path/'other', root=tmp_path/'resumed', **sizes))
     assert weights_in(tmp_path/'whole') == weights_in(tmp_path/'resumed') != {}
+
+
+def test_another_round_keeps_the_tokenizer_that_the_weights_know(tmp_path):
+    shutil.copytree(WEIGHTS/'clip', tmp_path/'weights/clip')
+    finished(trainer('clip', tmp_path/'cache', '--onward', steps=2, vision_steps=3, batch_size=16, n_scenes=64, root=tmp_path/'weights'))
+    for name in ('tokenizer.json', 'tokenizer_config.json'):
+        assert (tmp_path/'weights/clip'/name).read_bytes() == (WEIGHTS/'clip'/name).read_bytes()
+    made = json.loads((tmp_path/'weights/clip/training.json').read_text())
+    assert [(made[part]['steps'], 'onward_from' in made[part]) for part in ('contrastive', 'vision')] == [(2, True), (3, True)]
 
 
 # Writes two checkpoints; the disk is full before the second, if a limit is given.

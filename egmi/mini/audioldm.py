@@ -116,17 +116,16 @@ def main(
     "Train the small AudioLDM; the small CLAP must exist"
     making, corpus, source = Making('audioldm', device, root, onward), render_corpus('train', n_scenes), component_path('clap')
     see = lambda rows: torch.from_numpy(corpus.mels_NTF[rows]).float()[:, None]
-    published = lambda kind, part: kind.from_pretrained(making.root/making.name, subfolder=part).float().to(making.device)
     vae = (train_vae(making, sound_vae, len(corpus), see, FitConfig(vae_steps, batch_size // 2, lr=2e-3))
-           if 'vae' in parts else published(AutoencoderKL, 'vae'))
-    vocoder = train_vocoder(making, corpus, vae, FitConfig(vocoder_steps, batch_size // 2, lr=2e-3)) if 'vocoder' in parts else published(SpeechT5HifiGan, 'vocoder')
+           if 'vae' in parts else making.published(AutoencoderKL, 'vae'))
+    vocoder = train_vocoder(making, corpus, vae, FitConfig(vocoder_steps, batch_size // 2, lr=2e-3)) if 'vocoder' in parts else making.published(SpeechT5HifiGan, 'vocoder')
     clap = ClapModel.from_pretrained(source, dtype=torch.float32).to(making.device).eval()
     features = ClapFeatures(ClapFeatureExtractor.from_pretrained(source)).to(making.device)
     text_encoder = ClapTextModelWithProjection.from_pretrained(source, dtype=torch.float32).to(making.device)
     tokenizer = RobertaTokenizer.from_pretrained(source)
     with torch.no_grad(): empty_C = nn.functional.normalize(text_encoder(**tokenizer('', return_tensors='pt').to(making.device)).text_embeds[0], dim=-1)
-    unet = published(UNet2DConditionModel, 'unet')
-    if 'unet' in parts:
+    if 'unet' not in parts: unet = making.published(UNet2DConditionModel, 'unet')
+    else:
         latents_NCTF = encode_all(vae, (see(rows) for rows in np.array_split(np.arange(len(corpus)), len(corpus) // 64 + 1)))
         condition = sound_condition(clap_audio_embeddings(clap, features, corpus.waves_NT), empty_C)
         unet = train_unet(making, sound_unet, SOUND_NOISE, latents_NCTF, condition, FitConfig(unet_steps, batch_size, lr=7e-4))

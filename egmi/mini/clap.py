@@ -71,7 +71,8 @@ def main(
 ):
     "Train the small CLAP"
     making, corpus, config = Making('clap', device, root, onward), render_corpus('train', n_scenes), FitConfig(steps, batch_size, lr=lr)
-    tokenizer, extractor = roberta_tokenizer(with_prefixes(corpus.captions[:4000])), feature_extractor()
+    tokenizer = RobertaTokenizer.from_pretrained(making.root/making.name) if onward else roberta_tokenizer(with_prefixes(corpus.captions[:4000]))
+    extractor = feature_extractor()
     ids_2NL, features = prefixed_ids(tokenizer, corpus.captions, 'The sound of ').to(making.device), ClapFeatures(extractor).to(making.device)
     torch.manual_seed(config.seed)
     model = ClapModel(clap_config(tokenizer))

@@ -91,7 +91,8 @@ def main(
 ):
     "Train the small CLIP"
     making, corpus, config = Making('clip', device, root, onward), render_corpus('train', n_scenes), FitConfig(steps, batch_size, lr=lr)
-    tokenizer, processor = clip_tokenizer(with_prefixes(corpus.captions[:4000])), image_processor()
+    anew, processor = 'contrastive' in parts and not onward, image_processor()
+    tokenizer = clip_tokenizer(with_prefixes(corpus.captions[:4000])) if anew else CLIPTokenizer.from_pretrained(making.root/making.name)
     ids_2NL = prefixed_ids(tokenizer, corpus.captions, 'The image of ').to(making.device)
     lengths_N = (ids_2NL[1] != tokenizer.pad_token_id).sum(1) + 1
     mean, std = (torch.tensor(v, device=making.device).view(1, 3, 1, 1) for v in (processor.image_mean, processor.image_std))

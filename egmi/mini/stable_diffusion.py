@@ -130,14 +130,13 @@ def main(
     "Train the small Stable Diffusion; the small CLIP must exist"
     making, corpus = Making('stable-diffusion', device, root, onward), render_corpus('train', n_scenes)
     see = lambda rows: picture_tensor(corpus.images_NHWC[rows])
-    published = lambda kind, part: kind.from_pretrained(making.root/making.name, subfolder=part).float().to(making.device)
-    vae = train_vae(making, image_vae, len(corpus), see, FitConfig(vae_steps, batch_size, lr=2e-3)) if 'vae' in parts else published(AutoencoderKL, 'vae')
+    vae = train_vae(making, image_vae, len(corpus), see, FitConfig(vae_steps, batch_size, lr=2e-3)) if 'vae' in parts else making.published(AutoencoderKL, 'vae')
     text_encoder = CLIPTextModel.from_pretrained(component_path('clip'), dtype=torch.float32).to(making.device)
     tokenizer = CLIPTokenizer.from_pretrained(component_path('clip'))
     latents_NCHW = encode_all(vae, (see(rows) for rows in np.array_split(np.arange(len(corpus)), len(corpus) // 64 + 1)))
     condition = text_condition(text_encoder, tokenizer, corpus.captions)
     unet = (train_unet(making, image_unet, IMAGE_NOISE, latents_NCHW, condition, FitConfig(unet_steps, batch_size, lr=7e-4))
-            if 'unet' in parts else published(UNet2DConditionModel, 'unet'))
+            if 'unet' in parts else making.published(UNet2DConditionModel, 'unet'))
     pipeline = StableDiffusionPipeline(vae.half(), text_encoder.half(), tokenizer, unet.half(), DPMSolverMultistepScheduler(**IMAGE_NOISE),
                                        safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     publish(making, pipeline.save_pretrained)

@@ -28,18 +28,26 @@ class Making:
     ):
         self.name, self.device, self.root, self.onward = name, pick_device(device), Path(root), onward
         self.checkpoints = cache_dir('training', name)
-        self.losses, self.seconds = {}, {}
+        self.losses, self.seconds, self.begun = {}, {}, set()
 
-    def load(self, part:str, module)->str:
-        "Give `module` the published weights of a part; returns their sha256"
+    def published(self, kind, part:str):
+        "A part as it was published, in the class `kind` of transformers or diffusers"
+        return kind.from_pretrained(self.root/self.name, subfolder=part).float().to(self.device)
+
+    def file(self, part:str)->Path:
+        "The published weights of a part"
         folder = self.root/self.name
-        path = next((folder/part if (folder/part).is_dir() else folder).glob('*.safetensors'))
-        module.load_state_dict(load_file(path))
-        return file_hash(path)
+        return next((folder/part if (folder/part).is_dir() else folder).glob('*.safetensors'))
+
+    def load(self, part:str, module):
+        "Give `module` the published weights of a part to begin with"
+        module.load_state_dict(load_file(self.file(part)))
+        self.begun.add(module)
 
     def fit(self, part:str, module, loss_fn, config:FitConfig):
         "Fit one part, in bfloat16 mixed precision where the processor has it; seconds of interrupted runs add up"
-        round_name = f'{part}-{self.load(part, module)[:8]}' if self.onward else part
+        round_name = f'{part}-{file_hash(self.file(part))[:8]}' if self.onward else part
+        if self.onward and module not in self.begun: self.load(part, module)
         clock, start = self.checkpoints/f'{round_name}.seconds', time.perf_counter()
         before = float(clock.read_text()) if clock.exists() else 0.
         amp = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type != 'cpu' or torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -74,7 +82,7 @@ def publish(
     made, now = json.loads(history.read_text()) if history.exists() else {}, record(making)
     for part, losses in making.losses.items():
         curve = beside/f'loss-{part}.csv'
-        if making.onward: losses, now[part]['onward_from'] = [*pd.read_csv(curve)['loss'], *losses], made[part]
+        if making.onward and part in made: losses, now[part]['onward_from'] = [*pd.read_csv(curve)['loss'], *losses], made[part]
         pd.Series(losses, name='loss').round(5).to_csv(curve, index_label='step')
     write_json(history, made | now)
     shutil.rmtree(folder, ignore_errors=True)
