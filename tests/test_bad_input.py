@@ -184,7 +184,7 @@ def test_folder_that_is_good(tmp_path):
 def test_folder_with_a_sound_of_nan(tmp_path):
     folder_with(tmp_path)
     soundfile.write(tmp_path/'0.wav', np.full(1600, np.nan, np.float32), 16000, subtype='FLOAT')
-    with pytest.raises(ValueError, match=r'^sound .*0\.wav holds NaN or infinite samples: replace it or take its row out$'): load_folder(tmp_path)
+    with pytest.raises(ValueError, match=r'^sound .*0\.wav holds NaN or infinite samples: replace it or leave it out$'): load_folder(tmp_path)
 
 
 @pytest.mark.parametrize('caption', ['', ' \n', None])
