@@ -23,7 +23,7 @@ import torch
 import torchaudio
 from fastcore.script import call_parse
 from huggingface_hub import snapshot_download
-from scipy.special import rel_entr, softmax
+from scipy.special import log_softmax
 from tqdm import tqdm
 
 from .config import component_path, file_hash, get_preset, pick_device, replacing, write_json
@@ -91,7 +91,7 @@ class Sound:
     "A file that was read and found good"
     id: str
     file: Path
-    sha256: str
+    sha256: str      # of samples and rate
     frames: int
     sample_rate: int # Hz
     channels: int
@@ -110,8 +110,8 @@ def read_sound(
     "Check a file"
     wave_T, rate = read_audio(file)
     if len(wave_T) * RATE < shortest * rate: raise bad_file('sound', file, f'lasts {len(wave_T) / rate:.3f} s, less than the {shortest / RATE:.3f} s that are heard at once')
-    level_T = np.abs(wave_T)
-    return Sound(id, file, file_hash(file), len(wave_T), rate, audio_info(file).channels, float(level_T.max()),
+    level_T, content = np.abs(wave_T), hashlib.sha256(f'{rate} Hz'.encode() + wave_T.tobytes()).hexdigest()
+    return Sound(id, file, content, len(wave_T), rate, audio_info(file).channels, float(level_T.max()),
                  float(np.sqrt((wave_T.astype(float)**2).mean())), float((level_T >= .9999).mean()))
 
 # %% ../nbs/13b_folders.ipynb #e0f047d7
@@ -142,7 +142,7 @@ class Network:
     "How a network is loaded, and how it listens"
     load: Callable    # (path, device) -> the network
     hear: Callable    # (network, B waves of one length at its rate) -> {part: [B, E, D]}
-    shortest: int     # samples at 16 kHz
+    shortest: int     # samples at 16 kHz that it needs
     rate: Callable = lambda network: RATE # Hz
 
 def whole(features_ND, logits_NC)->dict: return dict(features=features_ND[:, None], logits=logits_NC[:, None])
@@ -165,6 +165,7 @@ def weights_path(
     path = Path(component_path(source))
     return path if path.exists() else Path(snapshot_download(source, local_files_only=True))
 
+@lru_cache
 def weights_hash(
     path:Path # file or folder
 )->str:       # 12 hexadecimal digits
@@ -227,7 +228,7 @@ def set_scores(
 )->dict:            # column -> score
     "Scores of two sets, as far as their parts allow"
     scores = {name: metric(reference[part], generated[part]) for name, (part, metric) in SET_SCORES.items() if part in reference}
-    splits = min(10, max(1, len(generated['logits']) // 10))
+    splits = 10 if len(generated['logits']) >= 500 else 1
     mean, deviation = inception_score(generated['logits'], splits=splits)
     return scores | dict(IS=mean, IS_sd=deviation, IS_splits=splits)
 
@@ -248,7 +249,8 @@ def clip_table(
     heard:dict       # part -> what was heard in the generated sounds
 )->pd.DataFrame:
     "A row for each generated sound: guards, and KL(reference || generated)"
-    kl_N = rel_entr(softmax(reference['logits'].astype(float), axis=1), softmax(heard['logits'].astype(float), axis=1)).sum(1)
+    log_p_NC, log_q_NC = (log_softmax(parts['logits'].astype(float), axis=1) for parts in (reference, heard))
+    kl_N = (np.exp(log_p_NC) * (log_p_NC - log_q_NC)).sum(1)
     rows = [dict(id=s.id, kl=kl, seconds=s.frames / s.sample_rate, peak=s.peak, rms=s.rms, clipped=s.clipped) for s, kl in zip(generated, kl_N)]
     return pd.DataFrame(rows)
 
@@ -289,17 +291,17 @@ def score_sounds(
     networks = '; '.join(f'{name} {source} {weights_hash(weights_path(source))}' for name, source in listeners.items())
     return row | guards(references, generated) | dict(resampler=resampler, preset=preset.name, listener=', '.join(preset.listeners), networks=networks), clips
 
-# %% ../nbs/13b_folders.ipynb #2eca6a8c
+# %% ../nbs/13b_folders.ipynb #62519aee
 def read_captions(
     path # CSV with columns id and caption
 )->dict:  # id -> caption
     "The captions of a file, one for each id"
-    rows = read_csv(Path(path), ["id", "caption"])
+    rows = read_csv(Path(path), ['id', 'caption'])
     twice = rows.id[rows.id.duplicated()]
-    if len(twice): raise ValueError(f"{path} has several captions for {twice.iloc[0]}: keep one")
+    if len(twice): raise ValueError(f'{path} has several captions for {twice.iloc[0]}: keep one')
     return dict(zip(rows.id, rows.caption))
 
-# %% ../nbs/13b_folders.ipynb #4b27da52
+# %% ../nbs/13b_folders.ipynb #eb3e4271
 @call_parse
 def main(
     reference:str,          # folder of recorded sounds: ID.wav, or flac, ogg, mp3
