@@ -6,8 +6,8 @@
 __all__ = ['ADVICE', 'IMAGES', 'SOUNDS', 'SILENCE', 'toybox', 'ids_hash', 'tally', 'FileExample', 'bad_file', 'opened',
            'read_image', 'audio_info', 'read_audio', 'read_text', 'tidy', 'read_csv', 'read_jsonl', 'read_rows',
            'load_folder', 'check_image', 'check_audio', 'find_bad', 'keep_good', 'read_json', 'load_coco',
-           'load_karpathy', 'clip_names', 'pick_captions', 'load_audiocaps', 'load_vctk', 'Cell', 'wav_bytes',
-           'media_cells', 'load_huggingface']
+           'load_karpathy', 'clip_names', 'pick_captions', 'load_audiocaps', 'load_vctk', 'word_edges', 'spoken_span',
+           'Cell', 'wav_bytes', 'media_cells', 'load_huggingface']
 
 # %% ../nbs/07_data.ipynb #b488b679
 import hashlib, io, json, warnings
@@ -346,6 +346,36 @@ def load_vctk(
         examples.append(FileExample(f'vctk/{utterance}_{mic}', caption, audio_file=sound))
     if skipped: warnings.warn(f'{folder}: skipped {", ".join(f"{n:,} of {s}" for s, n in sorted(skipped.items()))}: known gaps of VCTK 0.92', stacklevel=2)
     return keep_good(examples, folder, **check)
+
+# %% ../nbs/07_data.ipynb #9a2805b4
+def word_edges(
+    wave_T:np.ndarray,# mono
+    sample_rate:int,  # Hz
+    words:list[str]
+)->np.ndarray:        # [len(words) + 1] s
+    "Estimated times at which words begin, and the end of the last"
+    frame = sample_rate // 100
+    power_F = (wave_T[:len(wave_T) // frame * frame].reshape(-1, frame)**2).mean(1)
+    loud = np.flatnonzero(power_F > power_F.max() * 1e-4)
+    if not len(loud): raise ValueError(f'a sound of {len(wave_T)} samples is silent: it holds no words')
+    letters = np.cumsum([0] + [len(w) for w in words]) / sum(map(len, words))
+    edges = np.rint(loud[0] + letters * (loud[-1] + 1 - loud[0])).astype(int)
+    edges[1:-1] = [e - 5 + power_F[e - 5:e + 6].argmin() if e > 5 else e for e in edges[1:-1]]
+    return np.maximum.accumulate(edges) / 100
+
+# %% ../nbs/07_data.ipynb #1ffa3a39
+def spoken_span(
+    example:FileExample,# an utterance
+    share:float=1/3,    # of its words
+    seed:int=0
+)->tuple:               # words, start and end in s
+    "The words of an utterance that are to be replaced, and when they are said"
+    words = example.caption.split()
+    n = max(1, round(share * len(words)))
+    digest = hashlib.sha256(f'{seed} {example.id}'.encode()).digest()
+    first = np.random.default_rng(list(digest)).integers(len(words) - n + 1)
+    edges = word_edges(*read_audio(example.audio_file), words)
+    return ' '.join(words[first:first + n]), float(edges[first]), float(edges[first + n])
 
 # %% ../nbs/07_data.ipynb #bc38a6b7
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ __all__ = ['CLIP_TEXT', 'CLIP_VISION', 'CLAP_TEXT', 'AUDIOLDM_L', 'FULL', 'TINY_
            'autoencoder', 'sound_unet', 'draw', 'vocabulary_texts', 'write_tokenizer', 'sentencepiece_model',
            'write_llm', 'write_delta', 'write_imagebind', 'write_stable_diffusion', 'write_audioldm', 'write_clip',
            'write_clap', 'bytes_needed', 'check_space', 'write_weights', 'random_preset', 'write_coco',
-           'write_audiocaps']
+           'write_audiocaps', 'write_vctk']
 
 # %% ../nbs/14_rehearsal.ipynb #9e9a4427
 import io, json, shutil
@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 
 import pandas as pd
 import soundfile
+import soxr
 import torch
 from diffusers import AudioLDMPipeline, AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import nn
@@ -266,3 +267,16 @@ def write_audiocaps(
     rows = [dict(audiocap_id=1000 + i, youtube_id=f'toybox{i:05}', start_time=0, caption=s.caption) for i, s in enumerate(scenes)]
     for row, s in zip(rows, scenes): soundfile.write(folder/split/f'{row["youtube_id"]}.wav', s.audio, s.sample_rate)
     pd.DataFrame(rows).to_csv(folder/f'{split}.csv', index=False)
+
+# %% ../nbs/14_rehearsal.ipynb #2a7f547b
+def write_vctk(
+    folder:Path,
+    scenes:list,        # of Toybox
+    speaker:str='p225'
+):
+    "Texts and 48 kHz recordings of one speaker as `load_vctk` reads them"
+    texts, sounds = folder/'txt'/speaker, folder/'wav48_silence_trimmed'/speaker
+    for place in (texts, sounds): place.mkdir(parents=True, exist_ok=True)
+    for i, s in enumerate(scenes, start=1):
+        (texts/f'{speaker}_{i:03}.txt').write_text(s.caption + '\n')
+        soundfile.write(sounds/f'{speaker}_{i:03}_mic1.flac', soxr.resample(s.audio, s.sample_rate, 48_000), 48_000)

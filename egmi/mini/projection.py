@@ -19,7 +19,7 @@ from .factors import OBJECTS
 from .weights import Making, publish
 from ..pandagpt import QUESTION, PandaGPT
 
-# %% ../../nbs/mini/12_projection.ipynb #fd12a5c3
+# %% ../../nbs/mini/12_projection.ipynb #94ac0149
 @torch.no_grad()
 def start_at_words(
     panda:PandaGPT,
