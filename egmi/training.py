@@ -17,7 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .config import replacing
-from .fitting import FitConfig, batch_indices, fit
+from .fitting import FitConfig, batch_indices, fit, in_batches
 from .generators import AudioLDM, StableDiffusion
 from .losses import LossWeights, alignment_loss
 from .mapper import CrossMapper, EGMIMapper, MapperConfig, SeparatedMapper
@@ -37,11 +37,14 @@ class Targets:
 def text_targets(
     stable_diffusion:StableDiffusion,
     audioldm:AudioLDM,
-    captions:list[str]
-)->Targets: # on the CPU
+    captions:list[str],
+    batch_size:int=64 # captions at once, fewer where memory runs out
+)->Targets:           # on the CPU
     "Embeddings of `The image of {caption}` and `The sound of {caption}` (paper, section 3.2)"
-    return Targets(stable_diffusion.encode_text([f'The image of {c}' for c in captions]).float().cpu(),
-                   audioldm.encode_text([f'The sound of {c}' for c in captions]).float().cpu())
+    def embed(generator, prefix):
+        batches = in_batches(lambda rows: generator.encode_text([f'{prefix} {c}' for c in captions[rows]]).float().cpu(), len(captions), batch_size, 'targets', progress=False)
+        return torch.cat(batches)
+    return Targets(embed(stable_diffusion, 'The image of'), embed(audioldm, 'The sound of'))
 
 # %% ../nbs/09_training.ipynb #604a45b4
 def weights_hash(
@@ -108,17 +111,14 @@ def cache_prefixes(
     panda:PandaGPT,
     texts:list[str],    # what the human says, N of them
     features=None,      # as `PandaGPT.embed_prompts` takes them
-    batch_size:int=16,  # prompts at once
+    batch_size:int=16,  # prompts at once, fewer where memory runs out
     desc:str='prefixes',# shown by the progress bar
     progress:bool=True  # show one
-)->list:                # one PrefixCache per prompt
+)->list:                # one PrefixCache per prompt, on the CPU
     "Run every prompt once"
-    features, caches = [None] * len(texts) if features is None else features, []
-    for start in tqdm(range(0, len(texts), batch_size), desc=desc, unit='batch', mininterval=2, disable=not progress):
-        rows = slice(start, start + batch_size)
-        batch = panda.prefix(*panda.embed_prompts(texts[rows], features[rows]))
-        caches += [batch[i] for i in range(len(batch))]
-    return caches
+    features = [None] * len(texts) if features is None else features
+    batches = in_batches(lambda rows: panda.prefix(*panda.embed_prompts(texts[rows], features[rows])).to('cpu'), len(texts), batch_size, desc, progress)
+    return [batch[i] for batch in batches for i in range(len(batch))]
 
 # %% ../nbs/09_training.ipynb #360ff007
 class Conditioner(nn.Module):
@@ -177,9 +177,8 @@ def predict_conditions(
     conditioner:Conditioner,
     panda:PandaGPT,
     caches:list,        # of `cache_prefixes`
-    batch_size:int=16   # prompts at once
+    batch_size:int=16   # prompts at once, fewer where memory runs out
 )->Targets:             # on the CPU
     "Conditions for many prompts"
-    batches = [caches[i:i + batch_size] for i in range(0, len(caches), batch_size)]
-    clip, clap = zip(*(conditioner(panda, PrefixCache.cat(b)) for b in batches))
+    clip, clap = zip(*in_batches(lambda rows: conditioner(panda, PrefixCache.cat(caches[rows])), len(caches), batch_size, 'conditions', progress=False))
     return Targets(torch.cat(clip).cpu(), torch.cat(clap).cpu())

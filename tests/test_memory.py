@@ -1,0 +1,88 @@
+"""Where memory runs out the batch is halved, which is said, and nothing else changes."""
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from egmi.evaluation import generate_samples
+from egmi.model import load_generators, load_panda, mapper_config
+from egmi.rehearsal import TINY, random_preset, write_weights
+from egmi.training import cache_prefixes, make_conditioner, predict_conditions, text_targets
+
+TEXTS = ['a bell', 'three big green whistles indoors', 'a drum in the rain', 'two birds', 'by a busy road there is a frog']
+
+
+@pytest.fixture(scope='module')
+def parts(tmp_path_factory):
+    "The tiny random models, in full precision."
+    folder = tmp_path_factory.mktemp('random')/'weights'
+    write_weights(TINY, folder)
+    preset = replace(random_preset(TINY, folder), llm_dtype='float32')
+    return preset, load_panda(preset), *load_generators(preset)
+
+
+def holding(most, function, asked):
+    "The function on a device that has memory for `most` rows."
+    def limited(x, *args, **kwargs):
+        asked.append(len(x))
+        if len(x) > most: raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 7.00 MiB.')
+        return function(x, *args, **kwargs)
+    return limited
+
+
+def same(found, wanted): torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-4)
+
+
+def test_prefixes(parts, monkeypatch):
+    panda, asked = parts[1], []
+    wanted = cache_prefixes(panda, TEXTS, progress=False)
+    monkeypatch.setattr(panda, 'prefix', holding(2, panda.prefix, asked))
+    with pytest.warns(UserWarning, match='^prefixes: out of memory with 5 at once, going on with 2$'): found = cache_prefixes(panda, TEXTS, progress=False)
+    assert asked == [5, 2, 2, 1]
+    for a, b in zip(found, wanted, strict=True):
+        assert torch.equal(a.mask, b.mask)
+        same(a.keys, b.keys)
+        same(a.values, b.values)
+
+
+def test_conditions(parts, monkeypatch):
+    preset, panda, *generators = parts
+    conditioner, caches, asked = make_conditioner('EGMI mapper', panda, mapper_config(preset, panda, *generators)), cache_prefixes(panda, TEXTS, progress=False), []
+    wanted = predict_conditions(conditioner, panda, caches)
+    monkeypatch.setattr(panda, 'tail', holding(3, panda.tail, asked))
+    with pytest.warns(UserWarning, match='going on with 2$'): found = predict_conditions(conditioner, panda, caches)
+    assert asked == [5, 2, 2, 1]
+    same(found.clip_NLC, wanted.clip_NLC)
+    same(found.clap_NC, wanted.clap_NC)
+
+
+def test_targets(parts, monkeypatch):
+    *_, stable_diffusion, audioldm = parts
+    wanted, asked = text_targets(stable_diffusion, audioldm, TEXTS), []
+    monkeypatch.setattr(stable_diffusion, '_embed', holding(1, stable_diffusion._embed, asked))
+    with pytest.warns(UserWarning, match='^targets: out of memory with 2 at once, going on with 1$'): found = text_targets(stable_diffusion, audioldm, TEXTS)
+    assert asked == [5, 2, 1, 1, 1, 1, 1]
+    same(found.clip_NLC, wanted.clip_NLC)
+    assert torch.equal(found.clap_NC, wanted.clap_NC)
+
+
+@pytest.mark.parametrize('part, most', [('_predict', 4), ('decode', 2)])
+def test_samples(part, most, parts, monkeypatch, tmp_path):
+    preset, _, stable_diffusion, audioldm = parts
+    conditions, options = text_targets(stable_diffusion, audioldm, TEXTS), dict(steps=2, progress=False)
+    wanted = generate_samples(conditions, stable_diffusion, audioldm, preset, tmp_path/'wanted.npz', **options)
+    for generator in (stable_diffusion, audioldm): monkeypatch.setattr(generator, part, holding(most, getattr(generator, part), []))
+    with pytest.warns(UserWarning) as said: found = generate_samples(conditions, stable_diffusion, audioldm, preset, tmp_path/'found.npz', **options)
+    assert [str(w.message) for w in said] == [f'{made}: out of memory with 5 at once, going on with 2' for made in ('pictures', 'sounds')]
+    assert np.abs(found.images.astype(int) - wanted.images).max() <= 1
+    np.testing.assert_allclose(found.audio, wanted.audio, atol=1e-4)
+
+
+def test_one_row_that_does_not_fit_is_an_error(parts, monkeypatch, tmp_path):
+    preset, _, stable_diffusion, audioldm = parts
+    conditions = text_targets(stable_diffusion, audioldm, TEXTS[:2])
+    monkeypatch.setattr(audioldm, '_predict', holding(1, audioldm._predict, []))
+    with pytest.warns(UserWarning), pytest.raises(torch.OutOfMemoryError, match='GPU 0 has a total capacity'):
+        generate_samples(conditions, stable_diffusion, audioldm, preset, tmp_path/'samples.npz', steps=2, progress=False)
+    assert not list(tmp_path.iterdir())
