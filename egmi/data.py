@@ -6,8 +6,8 @@
 __all__ = ['ADVICE', 'IMAGES', 'SOUNDS', 'SILENCE', 'toybox', 'ids_hash', 'tally', 'FileExample', 'bad_file', 'opened',
            'read_image', 'audio_info', 'read_audio', 'read_text', 'tidy', 'read_csv', 'read_jsonl', 'read_rows',
            'load_folder', 'check_image', 'check_audio', 'find_bad', 'keep_good', 'read_json', 'load_coco',
-           'load_karpathy', 'clip_names', 'pick_captions', 'load_audiocaps', 'load_vctk', 'word_edges', 'spoken_span',
-           'Cell', 'wav_bytes', 'media_cells', 'load_huggingface']
+           'load_karpathy', 'coco_parts', 'clip_names', 'pick_captions', 'load_audiocaps', 'load_vctk', 'word_edges',
+           'spoken_span', 'Cell', 'wav_bytes', 'media_cells', 'load_huggingface']
 
 # %% ../nbs/07_data.ipynb #b488b679
 import hashlib, io, json, warnings
@@ -282,8 +282,26 @@ def load_karpathy(
     if unknown: raise ValueError(f'{path} has no split {", ".join(sorted(unknown))}: choose from {", ".join(sorted(set(images.split)))}')
     rows = [s | dict(cocoid=i.cocoid, file=Path(folder)/i.filepath/i.filename) for i in images[images.split.isin(splits)].itertuples() for s in i.sentences]
     captions = tidy(pd.DataFrame(rows), ['sentid', 'raw'], f'{path}, sentences,')
-    examples = [FileExample(f'coco/{c.cocoid}/{c.sentid}', c.raw.strip(), c.file) for c in captions.itertuples()]
+    examples = [FileExample(f'karpathy/{c.cocoid}/{c.sentid}', c.raw.strip(), c.file) for c in captions.itertuples()]
     return keep_good(examples, f'COCO {split}', **check)
+
+# %% ../nbs/07_data.ipynb #e1432144
+def coco_parts(
+    folder:str|Path, # with `dataset_coco.json`, or with `annotations` of 2017 or 2014
+    n_train:int,     # captions
+    n_test:int,      # pictures
+    **check          # `max_bad` and `decode` of `keep_good`
+)->tuple:            # training captions; the first caption of every held-out picture
+    "The first captions of COCO's two parts, split as Karpathy did where his file is there"
+    folder, firsts = Path(folder), {}
+    if (folder/'dataset_coco.json').exists(): train, test = (load_karpathy(folder, split, **check) for split in ('train+restval', 'test'))
+    else:
+        year = next((y for y in (2017, 2014) if (folder/f'annotations/captions_train{y}.json').exists()), 2017)
+        train, test = (load_coco(folder, f'{part}{year}', **check) for part in ('train', 'val'))
+    for e in test: firsts.setdefault(e.image_file, e)
+    for word, n, there in (('captions to train on', n_train, train), ('held-out pictures', n_test, firsts)):
+        if len(there) < n: raise ValueError(f'{folder} has {len(there):,} {word}, and {n:,} are asked for: ask for fewer')
+    return train[:n_train], list(firsts.values())[:n_test]
 
 # %% ../nbs/07_data.ipynb #a1a649f9
 def clip_names(
