@@ -46,7 +46,7 @@ def write_json(
     plain = lambda o: o.tolist() if hasattr(o, 'tolist') else str(o)
     with replacing(path) as beside: beside.write_text(json.dumps(data, indent=2, default=plain) + '\n')
 
-# %% ../nbs/00_config.ipynb #0fe2fd88
+# %% ../nbs/00_config.ipynb #666bb699
 @dataclass(frozen=True)
 class Preset:
     "Where each frozen component comes from, and how large the mapper is"
@@ -66,6 +66,7 @@ class Preset:
     guidance_audio: float = 2.5
     sampling_steps: int = 50
     seconds: float = 10.   # length of a generated sound
+    note: str = ''         # to be said wherever its numbers stand
 
 # %% ../nbs/00_config.ipynb #6c812cf8
 PRESETS = {p.name: p for p in (

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['CLIP_TEXT', 'CLIP_VISION', 'CLAP_TEXT', 'AUDIOLDM_L', 'FULL', 'TINY_TEXT', 'TINY_VISION', 'TINY_CLAP', 'TINY_HTSAT',
-           'TINY_UNET', 'TINY_TOWER', 'TINY', 'SD_NOISE', 'AUDIOLDM_NOISE', 'WRITERS', 'Scale', 'hifigan',
+           'TINY_UNET', 'TINY_TOWER', 'TINY', 'SD_NOISE', 'AUDIOLDM_NOISE', 'WRITERS', 'SCALES', 'Scale', 'hifigan',
            'autoencoder', 'sound_unet', 'draw', 'vocabulary_texts', 'write_tokenizer', 'sentencepiece_model',
            'write_llm', 'write_delta', 'write_imagebind', 'write_stable_diffusion', 'write_audioldm', 'write_clip',
            'write_clap', 'bytes_needed', 'check_space', 'write_weights', 'random_preset', 'write_coco',
-           'write_audiocaps', 'write_vctk']
+           'write_audiocaps', 'write_vctk', 'choose_preset', 'prepare']
 
-# %% ../nbs/14_rehearsal.ipynb #9e9a4427
+# %% ../nbs/14_rehearsal.ipynb #59728c82
 import io, json, shutil
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
@@ -28,13 +28,14 @@ from transformers import (ClapAudioConfig, ClapConfig, ClapFeatureExtractor, Cla
                           CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, LlamaConfig, LlamaForCausalLM,
                           SpeechT5HifiGan, SpeechT5HifiGanConfig)
 
-from .config import Preset, get_preset
+from .config import Preset, cache_dir, get_preset
 from .data import toybox
 from .imagebind import ImageBind, ImageBindConfig, TowerConfig
 from .mapper import n_parameters
 from .mini.clap import roberta_tokenizer
 from .mini.clip import clip_tokenizer, with_prefixes
 from .pandagpt import delta_shapes
+from .sources import SOURCES, require_weights
 
 # %% ../nbs/14_rehearsal.ipynb #772749c0
 @dataclass(frozen=True)
@@ -241,7 +242,7 @@ def random_preset(
     "The `paper` preset with the random weights of a folder"
     folder = Path(folder).absolute()
     places = {name: str(folder/name) for name in WRITERS} | dict(imagebind=str(folder/scale.imagebind))
-    return replace(get_preset('paper'), name=f'random {scale.name}', **places, **scale.differs)
+    return replace(get_preset('paper'), name=f'random-{scale.name}', note='random weights: a rehearsal', **places, **scale.differs)
 
 # %% ../nbs/14_rehearsal.ipynb #b8292cfd
 def write_coco(
@@ -280,3 +281,35 @@ def write_vctk(
     for i, s in enumerate(scenes, start=1):
         (texts/f'{speaker}_{i:03}.txt').write_text(s.caption + '\n')
         soundfile.write(sounds/f'{speaker}_{i:03}_mic1.flac', soxr.resample(s.audio, s.sample_rate, 48_000), 48_000)
+
+# %% ../nbs/14_rehearsal.ipynb #92a8a67f
+SCALES = dict(random=FULL, tiny=TINY)
+
+def choose_preset(
+    name:str,                   # of a preset
+    weights:str='pretrained'    # or a name in `SCALES`
+)->Preset:
+    "A preset whose weights are there, or one that `prepare` can write the weights for"
+    preset = get_preset(name)
+    if weights == 'pretrained': require_weights(name)
+    elif weights not in SCALES: raise ValueError(f'unknown weights {weights!r}: choose one of pretrained, {", ".join(SCALES)}')
+    elif name not in SOURCES: raise ValueError(f'random weights stand in for published ones, and preset {name!r} has none: choose preset {", ".join(SOURCES)}')
+    else: preset = random_preset(SCALES[weights], cache_dir('rehearsal')/weights)
+    return preset
+
+# %% ../nbs/14_rehearsal.ipynb #f9f8d9e4
+def prepare(
+    weights:str,   # a name in `SCALES`
+    n_train:int,   # captions to train on
+    n_test:int,    # held-out captions
+    device='cpu'   # where the weights are drawn
+)->Path:           # a folder that `coco_parts` reads
+    "Write random weights and a small COCO into the cache"
+    root = cache_dir('rehearsal')
+    if not (root/weights).exists(): write_weights(SCALES[weights], root/weights, device)
+    coco = root/f'coco-{n_train}-{n_test}'
+    if not coco.exists():
+        with TemporaryDirectory(dir=root) as beside:
+            for split, scenes in dict(train2017=toybox('train', n_train), val2017=toybox('test', n_test)).items(): write_coco(Path(beside)/'coco', split, scenes)
+            (Path(beside)/'coco').rename(coco)
+    return coco
