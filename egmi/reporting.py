@@ -147,12 +147,13 @@ def provenance(
 
 # %% ../nbs/12_reporting.ipynb #055ab4b8
 CEILING, FLOOR = 'text encoder (upper bound)', 'shuffled captions (floor)'
-PANELS = dict(clip_text_image='CLIP similarity\ntext to image', clap_text_audio='CLAP similarity\ntext to audio',
+PANELS = dict(clip_text_image='CLIP similarity\ntext to image', clip_image_image='CLIP similarity\nimage to image', clap_text_audio='CLAP similarity\ntext to audio',
+              clip_text_image_minus_egmi='CLIP text to image,\ndifference from EGMI', clap_text_audio_minus_egmi='CLAP text to audio,\ndifference from EGMI',
               object_image='right object\npicture', object_audio='right object\nsound',
               vocab_object_image='right object, unseen\nwords, picture', vocab_object_audio='right object, unseen\nwords, sound')
 PUBLISHED_PANELS = dict(clip_text_image='paper_clip', clap_text_audio='paper_clap')
 
-# %% ../nbs/12_reporting.ipynb #9a7368c6
+# %% ../nbs/12_reporting.ipynb #f7ab73b4
 def _spread(rows, column):
     "Error bars of a column: its interval, or its standard deviation, as far as the table has them"
     if f'{column}_low' in rows: return [rows[column] - rows[f'{column}_low'], rows[f'{column}_high'] - rows[column]]
@@ -164,24 +165,29 @@ def _draw_panel(ax, table, column, title, anchors={}, paper=None):
         for value in table.loc[table.system == anchor, column].dropna(): ax.axvline(value, ls='--', lw=1, color=colour, label=anchor)
     ours = table[~table.system.isin(anchors)]
     rows = range(len(ours))
-    if column in ours: ax.errorbar(ours[column], rows, xerr=_spread(ours, column), fmt='o', color='tab:blue', capsize=3, label='measured here')
+    if column in ours: ax.errorbar(ours[column], rows, xerr=_spread(ours, column), fmt='o', color='tab:blue', capsize=3, label='measured here' + ', 95 % interval' * (f'{column}_low' in ours))
+    if column and column.endswith('_minus_egmi'): ax.axvline(0, lw=1, color='.5')
     if paper in ours: ax.plot(ours[paper], rows, 'D', mfc='none', color='.6', label='as printed: other data, models or code, not comparable')
     ax.set(title=title, ylim=(len(ours) - .5, -.5)); ax.set_yticks(rows, ours.system)
-    ax.title.set_size(9); ax.tick_params(labelsize=8); ax.grid(axis='x', alpha=.3); ax.margins(x=.12)
+    ax.title.set_size(9); ax.tick_params(labelsize=8); ax.grid(axis='x', alpha=.3); ax.margins(x=.12); ax.locator_params(axis='x', nbins=4)
 
-# %% ../nbs/12_reporting.ipynb #8c8882f6
+# %% ../nbs/12_reporting.ipynb #2d15023d
 def table3_figure(
     table:pd.DataFrame, # rows and columns of table3.csv
-    preset:str          # named in the caption
+    preset:str,         # named in the caption
+    note:str='',        # said in the caption as well
+    across:int=5        # panels in a row
 )->Figure:
     "A panel per measure: mappers between floor and upper bound, the paper's values beside"
     columns = [column for column in PANELS if column in table]
-    fig, axs = plt.subplots(1, len(columns), figsize=(1.2 + 1.9 * len(columns), 2.7), sharey=True, squeeze=False, layout='constrained')
+    down, across = -(-len(columns) // across), min(across, len(columns))
+    fig, axs = plt.subplots(down, across, figsize=(1.2 + 1.9 * across, .6 + 2.1 * down), sharey=True, squeeze=False, layout='constrained')
+    for ax in axs.flat[len(columns):]: ax.remove()
     anchors = {CEILING: 'tab:green', FLOOR: 'tab:red'}
-    for ax, column in zip(axs[0], columns): _draw_panel(ax, table, column, PANELS[column], anchors, PUBLISHED_PANELS.get(column))
+    for ax, column in zip(axs.flat, columns): _draw_panel(ax, table, column, PANELS[column], anchors, PUBLISHED_PANELS.get(column))
     handles, labels = axs[0, 0].get_legend_handles_labels()
     fig.legend(handles, labels, loc='outside lower center', ncols=4, fontsize=8, frameon=False)
-    fig.suptitle(f'Mapper designs, measured with the {preset!r} preset', fontsize=10)
+    fig.suptitle(f'Mapper designs, measured with the {preset!r} preset{note and "; "}{note}', fontsize=10)
     return fig
 
 # %% ../nbs/12_reporting.ipynb #7006d037
