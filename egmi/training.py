@@ -117,8 +117,10 @@ def cache_prefixes(
 )->list:                # one PrefixCache per prompt, on the CPU
     "Run every prompt once"
     features = [None] * len(texts) if features is None else features
-    batches = in_batches(lambda rows: panda.prefix(*panda.embed_prompts(texts[rows], features[rows])).to('cpu'), len(texts), batch_size, desc, progress)
-    return [batch[i] for batch in batches for i in range(len(batch))]
+    def run(rows):
+        batch = panda.prefix(*panda.embed_prompts(texts[rows], features[rows])).to('cpu')
+        return [batch[i] for i in range(len(batch))]
+    return [cache for caches in in_batches(run, len(texts), batch_size, desc, progress) for cache in caches]
 
 # %% ../nbs/09_training.ipynb #360ff007
 class Conditioner(nn.Module):
