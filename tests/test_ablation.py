@@ -16,7 +16,8 @@ from conftest import environment, papermill, papermill_command
 TINY = dict(steps=4, batch_size=4, n_train=8, n_eval=4, n_vocabulary=2, sampling_steps=2)
 MAPPERS = ['Separated mapper', 'Cross mapper', 'EGMI mapper']
 CEILING, FLOOR = 'text encoder (upper bound)', 'shuffled captions (floor)'
-MEASURED = ['clip_text_image', 'clap_text_audio', 'object_image', 'object_audio', 'vocab_object_image', 'vocab_object_audio']
+SIMILARITIES = ['clip_text_image', 'clip_image_image', 'clap_text_audio']
+MEASURED = [*SIMILARITIES, 'object_image', 'object_audio', 'vocab_object_image', 'vocab_object_audio']
 
 
 @pytest.fixture(scope='module')
@@ -41,12 +42,38 @@ def test_table_has_every_system_and_contract_column(table):
 
 
 def test_measured_numbers_are_finite_and_in_range(table):
-    measured = table.drop(columns=['params', 'paper_clip', 'paper_clap'])
+    measured = table.drop(columns=['params', 'paper_clip', 'paper_clap', 'ids', *table.filter(like='_minus_egmi')])
     assert np.isfinite(measured.to_numpy(dtype=float)).all()
-    assert table[['clip_text_image', 'clap_text_audio']].abs().le(1).all(axis=None)
+    assert table[[*SIMILARITIES, 'clip_condition', 'clap_condition']].abs().le(1 + 1e-6).all(axis=None)
     rates = table[[c for c in MEASURED if 'object' in c]]
     assert (rates.ge(0) & rates.le(1)).all(axis=None)
     assert (table.filter(like='fd_') > -1e-3).all(axis=None)
+
+
+def test_table_says_how_many_and_which(finished, table):
+    record = json.loads((finished/'run.json').read_text())
+    assert (table.n == 4).all() and (table.seeds == 0).all() and (table.ids == record['ids']['test']).all()
+
+
+def test_scores_of_the_clips_average_to_the_table(finished, table):
+    clips = pd.read_csv(finished/'clips.csv')
+    assert clips.groupby(['system', 'split']).size().to_dict() == {(s, split): n for s in table.index for split, n in dict(test=4, vocabulary=2).items()}
+    means = clips.groupby(['split', 'system'])[[c for c in clips if c in table]].mean()
+    for column in SIMILARITIES + ['clip_condition', 'clap_condition', 'object_image', 'place_audio']:
+        np.testing.assert_allclose(means.loc['test'].loc[table.index, column], table[column], atol=2e-4)
+    for column in ('object_image', 'object_audio'):
+        np.testing.assert_allclose(means.loc['vocabulary'].loc[table.index, column], table[f'vocab_{column}'], atol=2e-4)
+
+
+def test_intervals_hold_the_means(table):
+    for column in MEASURED:
+        assert (table[f'{column}_low'] <= table[column] + 1e-4).all() and (table[column] <= table[f'{column}_high'] + 1e-4).all()
+    for column in ('clip_text_image', 'clap_text_audio'):
+        difference, rivals = f'{column}_minus_egmi', ['Separated mapper', 'Cross mapper']
+        np.testing.assert_allclose(table.loc[rivals, difference], table.loc[rivals, column] - table.loc['EGMI mapper', column], atol=2e-4)
+        assert table.loc[rivals, f'{difference}_low'].lt(table.loc[rivals, f'{difference}_high']).all()
+        assert table.loc[rivals, f'{difference}_p'].between(1 / 16, 1).all()  # four clips: no p is below two of sixteen sign patterns
+        assert table.drop(rivals)[difference].isna().all()
 
 
 def test_parameters_are_those_of_the_mappers(table):

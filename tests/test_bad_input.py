@@ -65,10 +65,19 @@ def check_cells(**parameters):
 
 
 @pytest.mark.parametrize('value', [0, -1, True, 2.5, '8'])
-@pytest.mark.parametrize('name', ['steps', 'batch_size', 'n_train', 'n_eval', 'n_vocabulary', 'sampling_steps'])
+@pytest.mark.parametrize('name', ['steps', 'batch_size', 'n_train', 'n_eval', 'n_vocabulary', 'sampling_steps', 'sampling_batch'])
 def test_counts_must_be_positive_whole_numbers(name, value, tmp_path):
     with pytest.raises(ValueError, match=rf"^(parameter )?'?{name}'? must be .*, not {value!r}$"):
         check_cells(out_dir=str(tmp_path/'out'), **{name: value})
+    assert not (tmp_path/'out').exists()
+
+
+@pytest.mark.parametrize('parameters, message', [
+    (dict(preset='paper', weights='big'), "^unknown weights 'big': choose one of pretrained, random, tiny$"),
+    (dict(weights='random'), "^random weights stand in for published ones, and preset 'mini' has none: choose preset paper$"),
+], ids=['unknown', 'mini'])
+def test_weights_that_are_not_there(parameters, message, tmp_path):
+    with pytest.raises(ValueError, match=message): check_cells(out_dir=str(tmp_path/'out'), **parameters)
     assert not (tmp_path/'out').exists()
 
 
