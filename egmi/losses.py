@@ -49,21 +49,23 @@ def same_shape(name:str, pred:Tensor, target:Tensor)->None:
 class AlignmentLoss(NamedTuple):
     "What `alignment_loss` returns"
     total:Tensor # weighted sum, the one to minimise
-    clip:Tensor  # MSE of the image half, unweighted
-    clap:Tensor  # MSE of the audio half, unweighted
+    clip:Tensor  # error of the image half, unweighted; None without one
+    clap:Tensor  # error of the audio half, unweighted
 
 def alignment_loss(
-    clip_pred_BLC:Tensor,   # mapper's condition for Stable Diffusion
+    clip_pred_BLC:Tensor,   # mapper's condition for Stable Diffusion; None if it has no image half
     clap_pred_BC:Tensor,    # mapper's condition for AudioLDM
     clip_target_BLC:Tensor, # CLIP's hidden states of "The image of {caption}"
     clap_target_BC:Tensor,  # CLAP's embedding of "The sound of {caption}"
-    weights:LossWeights     # factors of the two terms
+    weights:LossWeights,    # factors of the two terms
+    error=F.mse_loss        # (prediction, target) -> scalar; `euclidean_loss` is the other one
 )->AlignmentLoss:
-    "Weighted MSE between the mapper's outputs and the text encoders' (section 3.2)"
-    same_shape('clip', clip_pred_BLC, clip_target_BLC)
+    "Weighted errors between the mapper's outputs and the text encoders' (section 3.2)"
     same_shape('clap', clap_pred_BC, clap_target_BC)
-    clip = F.mse_loss(clip_pred_BLC, clip_target_BLC)
-    clap = F.mse_loss(clap_pred_BC, clap_target_BC)
+    clap = error(clap_pred_BC, clap_target_BC)
+    if clip_pred_BLC is None: return AlignmentLoss(weights.clap * clap, None, clap)
+    same_shape('clip', clip_pred_BLC, clip_target_BLC)
+    clip = error(clip_pred_BLC, clip_target_BLC)
     return AlignmentLoss(weights.clip * clip + weights.clap * clap, clip, clap)
 
 # %% ../nbs/03_losses.ipynb #6a3df73a

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MapperConfig', 'CrossEncoderLayer', 'CrossEncoder', 'MapperTrunk', 'AudioHead', 'Mapper', 'EGMIMapper',
-           'SeparatedMapper', 'CrossMapper', 'n_parameters', 'match_parameters']
+           'SeparatedMapper', 'CrossMapper', 'NextGPTMapper', 'GILLMapper', 'n_parameters', 'match_parameters']
 
 # %% ../nbs/02_mapper.ipynb #c7f0d87e
 from bisect import bisect_left
@@ -104,7 +104,7 @@ class AudioHead(nn.Module):
 
 # %% ../nbs/02_mapper.ipynb #6ca1e734
 class Mapper(nn.Module, PyTorchModelHubMixin):
-    "What the three mappers have in common: the two heads, `save_pretrained` and `from_pretrained`"
+    "What the mappers have in common: the two heads, `save_pretrained` and `from_pretrained`"
     def __init__(
         self,
         config:MapperConfig # sizes
@@ -173,6 +173,34 @@ class CrossMapper(SeparatedMapper):
     )->tuple[Tensor,Tensor]: # clip_BLC for Stable Diffusion, clap_BC for AudioLDM
         img_BLM, aud_BLM = self.image_trunk(img_B8D), self.audio_trunk(aud_B8D)
         return self.image_head(self.exchange(img_BLM, aud_BLM)), self.audio_head(self.exchange(aud_BLM, img_BLM))
+
+# %% ../nbs/02_mapper.ipynb #4bf04c60
+class NextGPTMapper(SeparatedMapper):
+    "A transformer for each modality, with as many queries as its generator wants vectors (NExT-GPT)"
+    def __init__(
+        self,
+        config:MapperConfig # sizes
+    ):
+        super().__init__(config)
+        self.audio_trunk = MapperTrunk(replace(config, n_queries=1))
+        self.audio_head = nn.Sequential(nn.Linear(config.d_model, config.d_clap), nn.Flatten())
+
+# %% ../nbs/02_mapper.ipynb #90446b19
+class GILLMapper(NextGPTMapper):
+    "One transformer for one modality, here the sound (GILL)"
+    def __init__(
+        self,
+        config:MapperConfig # sizes
+    ):
+        super().__init__(config)
+        self.image_trunk = self.image_head = None
+
+    def forward(
+        self,
+        img_B8D:Tensor,    # hidden states at [IMG1-8], not read
+        aud_B8D:Tensor     # hidden states at [AUD1-8]
+    )->tuple[None,Tensor]: # None, and clap_BC for AudioLDM
+        return None, self.audio_head(self.audio_trunk(aud_B8D))
 
 # %% ../nbs/02_mapper.ipynb #eefd26ce
 def n_parameters(

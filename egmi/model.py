@@ -21,13 +21,13 @@ from .config import component_path, get_preset, pick_device, replacing, write_js
 from .generators import AudioLDM, StableDiffusion, check_strength, generators_for
 from .mapper import MapperConfig
 from .pandagpt import QUESTION, PandaGPT
-from .training import MAPPERS, Conditioner, Targets, cache_prefixes, make_conditioner, predict_conditions
+from .training import BASELINES, MAPPERS, Conditioner, Targets, cache_prefixes, make_conditioner, predict_conditions
 
 # %% ../nbs/10_model.ipynb #f9217554
 def save_conditioner(
     conditioner:Conditioner,
     folder,      # made if it is missing
-    system:str,  # its name in `MAPPERS`
+    system:str,  # its name in `MAPPERS` or `BASELINES`
     preset:str   # whose frozen parts it was trained with
 ):
     "Write config.json and model.safetensors (half precision)"
@@ -118,7 +118,7 @@ class EGMI:
 
     def save_pretrained(self, folder):
         "Save the trained part; the frozen parts are found through the preset's name"
-        system = next(name for name, kind in MAPPERS.items() if type(self.conditioner.mapper) is kind)
+        system = next(name for name, kind in (MAPPERS | BASELINES).items() if type(self.conditioner.mapper) is kind)
         save_conditioner(self.conditioner, folder, system, self.preset.name)
 
 # %% ../nbs/10_model.ipynb #8fceb013
@@ -168,6 +168,7 @@ def generate(self:EGMI,
     texts, features = self.prompts(text, images, audio, sample_rate)
     answers = self.panda.generate_text([t or QUESTION for t in texts], features, max_new_tokens) if 'text' in outputs else None
     conditions = predict_conditions(self.conditioner, self.panda, cache_prefixes(self.panda, texts, features, progress=progress))
+    if 'image' in outputs and conditions.clip_NLC is None: raise ValueError(f'{type(self.conditioner.mapper).__name__} makes no pictures: leave image out of outputs')
     seeds, steps = torch.randint(2**31, (len(texts),), generator=generator), steps or self.preset.sampling_steps
     pictures = self.stable_diffusion.generate(conditions.clip_NLC, generators_for(seeds), steps=steps, progress=progress,
         guidance_scale=guidance_image or self.preset.guidance_image) if 'image' in outputs else None
