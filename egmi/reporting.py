@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'LIBRARIES', 'CEILING', 'FLOOR', 'PANELS', 'PUBLISHED_PANELS', 'SOURCE', 'SOURCE_TRIP', 'TARGET_TRIP',
-           'EDIT_ANCHORS', 'EDIT_PANELS', 'check_writable', 'require_positive', 'check_parameters', 'write_table',
-           'timed', 'code_version', 'hardware', 'provenance', 'table3_figure', 'table2_figure', 'sample_sheet']
+           'EDIT_ANCHORS', 'EDIT_PANELS', 'ANCHORS', 'TABLE1_PANELS', 'check_writable', 'require_positive',
+           'check_parameters', 'write_table', 'timed', 'code_version', 'hardware', 'provenance', 'table3_figure',
+           'table2_figure', 'table1_figure', 'sample_sheet']
 
 # %% ../nbs/12_reporting.ipynb #104ec8a0
 import difflib, os, platform, shutil, subprocess, tempfile, textwrap, time
@@ -153,7 +154,7 @@ PANELS = dict(clip_text_image='CLIP similarity\ntext to image', clip_image_image
               vocab_object_image='right object, unseen\nwords, picture', vocab_object_audio='right object, unseen\nwords, sound')
 PUBLISHED_PANELS = dict(clip_text_image='paper_clip', clap_text_audio='paper_clap')
 
-# %% ../nbs/12_reporting.ipynb #5c8d0567
+# %% ../nbs/12_reporting.ipynb #b735d825
 def _spread(rows, column):
     "Error bars of a column: its interval, or its standard deviation, as far as the table has them"
     if f'{column}_low' in rows: return [rows[column] - rows[f'{column}_low'], rows[f'{column}_high'] - rows[column]]
@@ -171,7 +172,7 @@ def _draw_panel(ax, table, column, title, anchors={}, paper=None):
     ax.set(title=title, ylim=(len(ours) - .5, -.5)); ax.set_yticks(rows, ours.system)
     ax.title.set_size(9); ax.tick_params(labelsize=8); ax.grid(axis='x', alpha=.3); ax.margins(x=.12); ax.locator_params(axis='x', nbins=4)
 
-# %% ../nbs/12_reporting.ipynb #a4cd97ba
+# %% ../nbs/12_reporting.ipynb #bea787c9
 def table3_figure(
     table:pd.DataFrame, # rows and columns of table3.csv
     preset:str,         # named in the caption
@@ -211,6 +212,30 @@ def table2_figure(
     handles, labels = map(sum, zip(*(ax.get_legend_handles_labels() for ax in axs[[0, -1]])), ([], []))
     fig.legend(handles, labels, loc='outside lower center', ncols=5, fontsize=8, frameon=False)
     fig.suptitle(f'Edited sounds, measured with the {preset!r} preset', fontsize=10)
+    return fig
+
+# %% ../nbs/12_reporting.ipynb #126c9d1b
+ANCHORS = {'ground truth': 'tab:green', 'other recordings': 'tab:olive', 'vocoder round trip': 'tab:cyan', FLOOR: 'tab:orange', 'silence': 'tab:red', 'noise': 'tab:purple'}
+TABLE1_PANELS = dict(FD='Fréchet distance\n(FD), low is good', FAD='Fréchet audio distance\n(FAD), low is good', IS='inception score\n(IS), high is good',
+                     KL='KL of pairs\nlow is good', KAD='kernel distance\n(KAD), low is good', CLAP='CLAP similarity\nhigh is good')
+
+# %% ../nbs/12_reporting.ipynb #dc8152d7
+def table1_figure(
+    table:pd.DataFrame, # rows and columns of table1.csv
+    preset:str          # named in the caption
+)->Figure:
+    "Measured systems between anchors, and below what others have printed for AudioCaps"
+    measured, printed = table[table.kind != 'published'], table[table.kind == 'published']
+    corpus, columns = measured.corpus.iloc[0], [column for column in TABLE1_PANELS if column in measured]
+    fig, axs = plt.subplots(2, len(columns), figsize=(1.6 + 1.9 * len(columns), 5.4), squeeze=False, layout='constrained', height_ratios=[4, 9],
+                            sharey='row', sharex='col' if corpus == 'AudioCaps' else 'none')
+    for column, (above, below) in zip(columns, axs.T):
+        _draw_panel(above, measured, column, TABLE1_PANELS[column], ANCHORS)
+        if f'published_{column}' in printed: _draw_panel(below, printed, None, '', paper=f'published_{column}')
+        else: below.set_axis_off()
+    handles, labels = map(sum, zip(*(ax.get_legend_handles_labels() for ax in axs[:, 0])), ([], []))
+    fig.legend(handles, labels, loc='outside lower center', ncols=4, fontsize=8, frameon=False)
+    fig.suptitle(f'Text to audio: above, {corpus} measured with the {preset!r} preset; below, AudioCaps as printed by others', fontsize=10)
     return fig
 
 # %% ../nbs/12_reporting.ipynb #569185e2
