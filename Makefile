@@ -4,7 +4,7 @@ STAMP  := .venv/.installed
 ARGS   ?=
 MODELS ?= judge clip clap imagebind stable_diffusion audioldm projection
 
-.PHONY: help install ablation audio-editing mini-models mini-report test check lab readme
+.PHONY: help install ablation text-to-audio audio-editing mini-models mini-report test check lab readme
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -31,6 +31,10 @@ endef
 ablation: OUT ?= runs/mini/ablation
 ablation: install  ## train the three mappers and write Table 3 (ARGS="-p steps 50" sets parameters, OUT the folder)
 	$(call experiment,ablation,table3)
+
+text-to-audio: OUT ?= runs/mini/text_to_audio
+text-to-audio: install  ## measure EGMI, AudioLDM and two older mappers and write Table 1 (ARGS="-p mapper DIR" takes your own EGMI)
+	$(call experiment,text_to_audio,table1)
 
 audio-editing: OUT ?= runs/mini/audio_editing
 audio-editing: install  ## edit sounds by instructions and write Table 2 (ARGS="-p mapper DIR" takes your own EGMI)

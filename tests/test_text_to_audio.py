@@ -1,0 +1,121 @@
+"""`papermill nbs/text_to_audio.ipynb` writes Table 1, and continues after a crash."""
+import json
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import soundfile
+
+from conftest import ROOT, papermill
+
+TINY = dict(notebook=ROOT/'nbs/text_to_audio.ipynb', steps=2, batch_size=2, n_train=4, n_eval=6, sampling_steps=1)
+SYSTEMS = ['EGMI', 'NExT-GPT-style mapper', 'GILL-style mapper', 'AudioLDM']
+ANCHORS = ['ground truth', 'other recordings', 'vocoder round trip', 'shuffled captions (floor)', 'silence', 'noise']
+METRICS = ['FD', 'IS', 'KL', 'KAD', 'CLAP']
+
+
+@pytest.fixture(scope='module')
+def cache(new_cache):
+    return new_cache()
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory, cache):
+    "Results of one uninterrupted run."
+    folder = tmp_path_factory.mktemp('finished')
+    process = papermill(folder, cache, timeout=900, **TINY)
+    assert process.returncode == 0, process.stderr[-3000:]
+    return folder/'out'
+
+
+@pytest.fixture(scope='module')
+def table(finished):
+    return pd.read_csv(finished/'table1.csv').set_index('system')
+
+
+@pytest.fixture(scope='module')
+def measured(table):
+    return table[table.kind != 'published']
+
+
+def test_table_has_every_row(table):
+    assert table.index[table.kind == 'measured'].tolist() == SYSTEMS
+    assert table.index[table.kind == 'anchor'].tolist() == ANCHORS
+    published = table[table.kind == 'published']
+    assert len(published) == 14 and published.published_printed.dropna().tolist() == [47.68, 49.48, 23.31, 22.90, 23.58, 26.51]
+    assert published.published_FD['AudioLDM-S'] == 29.48 and published.source.notna().all()
+
+
+def test_measured_and_published_numbers_share_no_column(table, measured):
+    columns = [c for c in table if c.startswith('published_')]
+    assert len(columns) == 5 and measured[columns].isna().all(axis=None)
+    assert table.loc[table.kind == 'published', METRICS].isna().all(axis=None)
+    assert set(measured.corpus) == {'Toybox'} and set(table.corpus[table.kind == 'published']) == {'AudioCaps'}
+
+
+def test_measured_numbers_are_finite_and_inside_their_intervals(measured):
+    assert np.isfinite(measured[METRICS].to_numpy(dtype=float)).all()
+    for metric in ('KL', 'CLAP'): assert (measured[f'{metric}_low'].le(measured[metric]) & measured[metric].le(measured[f'{metric}_high'])).all()
+    for metric in ('FD', 'KAD'): assert measured.loc[SYSTEMS, f'{metric}_low'].lt(measured.loc[SYSTEMS, f'{metric}_high']).all()
+    assert measured.filter(like='_p').dropna().stack().between(0, 1).all()
+    assert measured.KL_vs_EGMI.isna().sum() == 1 and np.isnan(measured.KL_vs_EGMI['EGMI'])
+
+
+def test_anchors_are_where_they_must_be(measured):
+    real, silence = measured.loc['ground truth'], measured.loc['silence']
+    assert (real.FD, real.KL) == pytest.approx((0, 0), abs=1e-3) and real.CLAP > .5
+    assert silence.IS == pytest.approx(1, abs=1e-3)
+    for metric in ('FD', 'KAD'): assert real[metric] < measured.loc['vocoder round trip', metric] < measured.loc['noise', metric]
+    floor, audioldm = measured.loc['shuffled captions (floor)'], measured.loc['AudioLDM']
+    assert (floor.FD, floor.KAD) == pytest.approx((audioldm.FD, audioldm.KAD), abs=.01) and floor.KL != audioldm.KL  # one set, other pairs
+
+
+def test_means_are_those_of_the_clips(finished, measured):
+    clips = pd.read_csv(finished/'clips.csv')
+    seeded = [*SYSTEMS, 'shuffled captions (floor)']
+    assert len(clips) == 6 * (len(seeded) + len(SYSTEMS) + len(ANCHORS)) and clips.id.nunique() == 6
+    assert clips.groupby('system').seed.nunique().to_dict() == {a: 0 for a in ANCHORS} | {s: 2 for s in seeded}
+    means = clips.groupby('system')[['kl', 'clap']].mean().loc[measured.index]
+    np.testing.assert_allclose(means, measured[['KL', 'CLAP']], atol=1e-4)
+    egmi = measured.loc['EGMI']
+    np.testing.assert_allclose(measured.CLAP_vs_EGMI.dropna(), (measured.CLAP - egmi.CLAP).drop('EGMI'), atol=2e-4)
+
+
+def test_files_can_be_read(finished):
+    for name in ('table1.png', 'samples.png'):
+        pixels = plt.imread(finished/name)
+        assert min(pixels.shape[:2]) > 100 and pixels[..., :3].std() > .01, name
+    sounds = sorted(finished.glob('*.wav'))
+    assert len(sounds) == 2 * (len(SYSTEMS) + 1)  # two captions, the recordings too
+    for path in sounds:
+        wave, rate = soundfile.read(path)
+        assert (rate, wave.shape) == (16000, (40960,)) and np.isfinite(wave).all()
+    assert not [p.name for p in finished.rglob('*') if p.name.startswith('.')]
+
+
+def test_record_says_what_ran(finished, table):
+    record = json.loads((finished/'run.json').read_text())
+    assert record['config']['steps'] == 2 and record['seeds'] == [0, 1] and record['corpus'] == 'Toybox'
+    assert set(table.ids.dropna()) == {record['ids']} and record['networks'].startswith('judge ')
+    assert {'load', 'training', 'generation', 'scoring'} <= set(record['seconds']) and record['guards']['silence']['silent'] == 6
+    assert [row['system'] for row in record['table']] == table.index.tolist()
+
+
+def test_a_run_that_was_cut_short_ends_with_the_same_table(finished, cache, tmp_path):
+    (work,), (trained,) = cache.glob('text_to_audio/*'), cache.glob('baselines/*')
+    lost = [trained/'GILL-style mapper/config.json', *work.glob('GILL-style mapper-*/**/*.wav'), *work.glob('AudioLDM-1/**/*2.wav')]
+    for path in lost: path.unlink()
+    kept = {p: p.stat().st_mtime_ns for p in [*trained.glob('NExT-GPT-style mapper/*'), *work.glob('EGMI-*/**/*.wav')]}
+    assert len(lost) == 1 + 12 + 1 and len(kept) == 2 + 12
+    process = papermill(tmp_path, cache, timeout=900, **TINY)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert {p: p.stat().st_mtime_ns for p in kept} == kept  # reused, not made again
+    for name in ('table1.csv', 'clips.csv'): assert (tmp_path/'out'/name).read_bytes() == (finished/name).read_bytes()
+
+
+def test_a_data_folder_that_lacks_something_is_one_line(tmp_path):
+    (tmp_path/'audio').mkdir()
+    process = papermill(tmp_path, tmp_path/'cache', data=tmp_path, **TINY)
+    line = process.stderr.strip().splitlines()[-1]
+    assert process.returncode == 1 and line.startswith(f'FileNotFoundError: data folder {tmp_path} lacks test.csv: it needs'), line
