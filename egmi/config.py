@@ -46,7 +46,7 @@ def write_json(
     plain = lambda o: o.tolist() if hasattr(o, 'tolist') else str(o)
     with replacing(path) as beside: beside.write_text(json.dumps(data, indent=2, default=plain) + '\n')
 
-# %% ../nbs/00_config.ipynb #143ab54e
+# %% ../nbs/00_config.ipynb #0770dacd
 @dataclass(frozen=True)
 class Preset:
     "Where each frozen component comes from, and how large the mapper is"

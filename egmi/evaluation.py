@@ -6,7 +6,7 @@
 __all__ = ['work_folder', 'made_once', 'Samples', 'generate_samples', 'load_clap', 'Scorer', 'clip_columns', 'clap_similarity',
            'scene_features', 'judge_columns', 'measure', 'score', 'edit_scores']
 
-# %% ../nbs/13_evaluation.ipynb #0e2322ab
+# %% ../nbs/13_evaluation.ipynb #666f5ccb
 import hashlib, json
 from dataclasses import dataclass
 from functools import lru_cache
@@ -35,7 +35,7 @@ def work_folder(
     for path in sorted(WEIGHTS.parent.rglob('*.py')): digest.update(path.read_bytes())
     return cache_dir(experiment, digest.hexdigest()[:12])
 
-# %% ../nbs/13_evaluation.ipynb #e6f0bc21
+# %% ../nbs/13_evaluation.ipynb #c2c6d7db
 def made_once(
     path, # .npz to write, or to read if it is there
     make  # () -> {name: array}

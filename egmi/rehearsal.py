@@ -10,7 +10,7 @@ __all__ = ['CLIP_TEXT', 'CLIP_VISION', 'CLAP_TEXT', 'AUDIOLDM_L', 'FULL', 'TINY_
            'write_clap', 'bytes_needed', 'check_space', 'write_weights', 'random_preset', 'write_coco',
            'write_audiocaps', 'write_vctk', 'choose_preset', 'prepare']
 
-# %% ../nbs/14_rehearsal.ipynb #822bbb4b
+# %% ../nbs/14_rehearsal.ipynb #6b96997e
 import io, json, shutil
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace

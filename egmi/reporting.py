@@ -154,7 +154,7 @@ PANELS = dict(clip_text_image='CLIP similarity\ntext to image', clip_image_image
               vocab_object_image='right object, unseen\nwords, picture', vocab_object_audio='right object, unseen\nwords, sound')
 PUBLISHED_PANELS = dict(clip_text_image='paper_clip', clap_text_audio='paper_clap')
 
-# %% ../nbs/12_reporting.ipynb #39677ec3
+# %% ../nbs/12_reporting.ipynb #1139a0e5
 def _spread(rows, column):
     "Error bars of a column: its interval, or its standard deviation, as far as the table has them"
     if f'{column}_low' in rows: return [rows[column] - rows[f'{column}_low'], rows[f'{column}_high'] - rows[column]]
@@ -172,7 +172,7 @@ def _draw_panel(ax, table, column, title, anchors={}, paper=None):
     ax.set(title=title, ylim=(len(ours) - .5, -.5)); ax.set_yticks(rows, ours.system)
     ax.title.set_size(9); ax.tick_params(labelsize=8); ax.grid(axis='x', alpha=.3); ax.margins(x=.12); ax.locator_params(axis='x', nbins=4)
 
-# %% ../nbs/12_reporting.ipynb #0ce2320c
+# %% ../nbs/12_reporting.ipynb #48633b03
 def table3_figure(
     table:pd.DataFrame, # rows and columns of table3.csv
     preset:str,         # named in the caption

@@ -7,7 +7,7 @@ __all__ = ['MAPPERS', 'BASELINES', 'Targets', 'text_targets', 'weights_hash', 'S
            'drop_modalities', 'cache_prefixes', 'Conditioner', 'make_conditioner', 'train_conditioner',
            'predict_conditions']
 
-# %% ../nbs/09_training.ipynb #8e28ac0f
+# %% ../nbs/09_training.ipynb #56b60951
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from .mapper import CrossMapper, EGMIMapper, GILLMapper, MapperConfig, NextGPTMa
 from .pandagpt import PandaGPT, PrefixCache
 from .tokens import ModalityTokens
 
-# %% ../nbs/09_training.ipynb #0c768f10
+# %% ../nbs/09_training.ipynb #51be966a
 @dataclass(frozen=True)
 class Targets:
     "What the mapper should give for each example"
@@ -177,7 +177,7 @@ def train_conditioner(
         return alignment_loss(clip_BLC, clap_BC, wanted.clip_NLC.to(device), wanted.clap_NC.to(device), weights, error).total
     return fit(conditioner, loss_fn, config, checkpoint, desc)
 
-# %% ../nbs/09_training.ipynb #7b9cb524
+# %% ../nbs/09_training.ipynb #5466967e
 @torch.no_grad()
 def predict_conditions(
     conditioner:Conditioner,
