@@ -32,7 +32,7 @@ def contrastive_loss(
     logits_BB, target_B = scale * a_BD @ b_BD.T, torch.arange(len(a_BD), device=a_BD.device)
     return (nn.functional.cross_entropy(logits_BB, target_B) + nn.functional.cross_entropy(logits_BB.T, target_B)) / 2
 
-# %% ../../nbs/mini/09_imagebind.ipynb #55c3f480
+# %% ../../nbs/mini/09_imagebind.ipynb #54257beb
 def clip_blocks(tower:nn.Module)->dict:
     "The transformer blocks of one CLIP tower, under ImageBind's names"
     names = {'layer_norm1': 'norm_1', 'layer_norm2': 'norm_2', 'mlp.fc1': 'mlp.fc1', 'mlp.fc2': 'mlp.fc2', 'self_attn.out_proj': 'attn.out_proj'}
@@ -44,7 +44,7 @@ def clip_blocks(tower:nn.Module)->dict:
             state[f'blocks.{i}.attn.in_proj_{kind}'] = torch.cat(qkv)
     return state
 
-# %% ../../nbs/mini/09_imagebind.ipynb #3d1a801a
+# %% ../../nbs/mini/09_imagebind.ipynb #c9a1ed18
 @torch.no_grad()
 def clip_towers(
     clip:CLIPModel,
