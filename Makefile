@@ -4,7 +4,7 @@ STAMP  := .venv/.installed
 ARGS   ?=
 MODELS ?= judge clip clap imagebind stable_diffusion audioldm projection
 
-.PHONY: help install ablation text-to-audio audio-editing mini-models mini-report test check lab readme
+.PHONY: help install ablation text-to-audio audio-editing mini-models report mini-report test check lab readme
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -39,6 +39,11 @@ text-to-audio: install  ## measure EGMI, AudioLDM and two older mappers and writ
 audio-editing: OUT ?= runs/mini/audio_editing
 audio-editing: install  ## edit sounds by instructions and write Table 2 (ARGS="-p mapper DIR" takes your own EGMI)
 	$(call experiment,audio_editing,table2)
+
+report: OUT ?= runs/mini
+report: install  ## gather the tables of runs/mini (or OUT) into one page, tables.html
+	$(BIN)/papermill nbs/report.ipynb $(OUT)/tables.ipynb -p runs $(OUT) --no-progress-bar
+	$(BIN)/jupyter nbconvert --to html --no-input $(OUT)/tables.ipynb
 
 mini-models: install  ## train the small frozen models anew, one after another: hours on a CPU, and a killed run goes on (MODELS="clip clap" picks)
 	for model in $(MODELS); do $(BIN)/python -m egmi.mini.$$model $(ARGS) || exit 1; done

@@ -11,9 +11,9 @@ NOTEBOOK = ROOT/'nbs/ablation.ipynb'
 
 
 def papermill_command(folder, notebook=NOTEBOOK, **parameters):
-    "The command that runs a notebook; the executed one goes to `folder`, results to folder/out."
+    "The command that runs a notebook; the executed one goes to `folder`, results to folder/out unless `out_dir` says otherwise or is None."
     parameters = dict(out_dir=folder/'out') | parameters
-    options = [option for name, value in parameters.items() for option in (('-y', f'{name}: {value}') if isinstance(value, list) else ('-p', name, str(value)))]
+    options = [option for name, value in parameters.items() if value is not None for option in (('-y', f'{name}: {value}') if isinstance(value, list) else ('-p', name, str(value)))]
     return [sys.executable, '-m', 'papermill', notebook, folder/'executed.ipynb', *options, '--no-progress-bar']
 
 

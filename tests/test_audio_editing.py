@@ -37,7 +37,7 @@ def table(finished):
 
 def test_table_has_every_row_and_column(table):
     assert list(table.index) == [*EDITS, SOURCE, SOURCE_TRIP, TARGET_TRIP, *PUBLISHED]
-    assert {c + end for c in MEASURED for end in ('', '_low', '_high')} | {'mcd_unscaled', 'paper_mcd', 'paper_source', 'paper_note'} == set(table.columns)
+    assert {c + end for c in MEASURED for end in ('', '_low', '_high')} | {'n', 'seeds', 'ids', 'mcd_unscaled', 'paper_mcd', 'paper_source', 'paper_note'} == set(table.columns)
 
 
 def test_published_values_stay_in_their_own_columns(table):

@@ -67,7 +67,7 @@ def record(making:Making)->dict: # part -> its history
     return {part: dict(steps=len(losses), seconds=making.seconds[part], final_loss=round(sum(losses[-50:]) / len(losses[-50:]), 5), **where)
             for part, losses in making.losses.items()}
 
-# %% ../../nbs/mini/05_weights.ipynb #b418bd80
+# %% ../../nbs/mini/05_weights.ipynb #6a3ff1b9
 def loss_curve(
     losses:list, # one a step
     begun:int=0, # steps of earlier rounds
