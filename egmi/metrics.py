@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DECIBELS', 'as_array', 'as_matrix', 'as_features', 'same_shape', 'trace_sqrt', 'frechet_distance', 'Extrapolation',
            'frechet_infinity', 'squared_distances', 'kernel_distance', 'precision_recall', 'inception_score',
-           'kl_divergence', 'cosine_similarity', 'accuracy', 'mel_filters', 'mel_cepstra', 'warped_mean',
+           'kl_divergence', 'cosine_similarity', 'triangular_filters', 'mel_cepstra', 'warped_mean',
            'mel_cepstral_distortion']
 
 # %% ../nbs/11_metrics.ipynb #d92b813c
@@ -180,22 +180,8 @@ def cosine_similarity(
     if (lengths_N == 0).any(): raise ValueError(f'a_ND or b_ND is all zero in row {lengths_N.argmin()}: it has no direction')
     return (a_ND * b_ND).sum(1) / lengths_N
 
-# %% ../nbs/11_metrics.ipynb #99f3b470
-def accuracy(
-    logits:dict, # factor -> a judge's logits [N, C]
-    labels:dict  # factor -> true class numbers [N]
-)->dict:         # factor -> share of right answers
-    "How often a judge reads the true value of each factor"
-    shares = {}
-    for factor, logits_NC in logits.items():
-        guesses_N = as_matrix(logits_NC, f'logits[{factor!r}]', min_rows=1).argmax(1)
-        labels_N = as_array(labels[factor], f'labels[{factor!r}]')
-        same_shape(guesses_N, labels_N, f'logits[{factor!r}]', f'labels[{factor!r}]')
-        shares[factor] = float((guesses_N == labels_N).mean())
-    return shares
-
 # %% ../nbs/11_metrics.ipynb #c1469a70
-def mel_filters(
+def triangular_filters(
     n_mels:int,          # bands
     n_fft:int,           # samples of a frame
     sample_rate:int,     # Hz
@@ -234,7 +220,7 @@ def mel_cepstra(
     if len(sound) < n_fft: raise ValueError(f'{name} has {len(sound)} samples, less than one frame of {n_fft}')
     frames_TN = np.lib.stride_tricks.sliding_window_view(sound, n_fft)[::step] * np.hanning(n_fft + 1)[:-1]
     spectrum_TF = rfft(frames_TN)
-    power_TK = (spectrum_TF.real**2 + spectrum_TF.imag**2) @ mel_filters(n_mels, n_fft, sample_rate, low, high)
+    power_TK = (spectrum_TF.real**2 + spectrum_TF.imag**2) @ triangular_filters(n_mels, n_fft, sample_rate, low, high)
     if power_TK.max() == 0: raise ValueError(f'{name} is silent')
     amplitude_TK = .5 * np.log(np.maximum(power_TK, power_TK.max() * 10**(-dynamic_range / 10)))
     return dct(amplitude_TK, axis=1, norm='ortho')[:, first:first + n_cepstra] * np.sqrt(2 / n_mels)
