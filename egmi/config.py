@@ -40,11 +40,11 @@ def replacing(
 # %% ../nbs/00_config.ipynb #3c5e1f27
 def write_json(
     path,     # of the file
-    data:dict # numbers, strings, lists and dicts of them; arrays and tensors become lists, other objects strings
+    data:dict # finite numbers, strings, None, lists and dicts of them; arrays and tensors become lists, other objects strings
 ):
     "Write a JSON file, complete or not at all"
     plain = lambda o: o.tolist() if hasattr(o, 'tolist') else str(o)
-    with replacing(path) as beside: beside.write_text(json.dumps(data, indent=2, default=plain) + '\n')
+    with replacing(path) as beside: beside.write_text(json.dumps(data, indent=2, default=plain, allow_nan=False) + '\n')
 
 # %% ../nbs/00_config.ipynb #0770dacd
 @dataclass(frozen=True)

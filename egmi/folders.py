@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RESAMPLERS', 'NETWORKS', 'SET_SCORES', 'write_sounds', 'find_sounds', 'require_all', 'check_names', 'Sound',
-           'read_sound', 'read_pairs', 'Network', 'whole', 'hear_judge', 'weights_path', 'weights_hash', 'load_network',
+           'read_sound', 'read_pairs', 'Network', 'whole', 'hear_judge', 'weights_path', 'files_hash', 'load_network',
            'hear_batch', 'embed_sounds', 'set_scores', 'distortion', 'clip_table', 'guards', 'score_sounds',
            'read_captions', 'main']
 
@@ -166,10 +166,10 @@ def weights_path(
     return path if path.exists() else Path(snapshot_download(source, local_files_only=True))
 
 @lru_cache
-def weights_hash(
+def files_hash(
     path:Path # file or folder
 )->str:       # 12 hexadecimal digits
-    "A short name for weights"
+    "A short name for the contents of files"
     files = sorted(p for p in path.rglob('*') if p.is_file()) if path.is_dir() else [path]
     return hashlib.sha256(' '.join(map(file_hash, files)).encode()).hexdigest()[:12]
 
@@ -208,7 +208,7 @@ def embed_sounds(
     heard = {}
     for name, source in listeners.items():
         path = weights_path(source)
-        folder = work_folder('sounds', dict(network=name, weights=weights_hash(path), resampler=resampler))
+        folder = work_folder('sounds', dict(network=name, weights=files_hash(path), resampler=resampler))
         file = lambda s: folder/f'{s.sha256}.npz'
         todo = list({s.sha256: s for s in sounds if not file(s).exists()}.values())
         with tqdm(total=len(todo), desc=f'{name} listens', unit='sound', mininterval=2, disable=not (progress and todo)) as bar:
@@ -288,7 +288,7 @@ def score_sounds(
     if captions is not None: clips['clap'] = cosine_similarity(heard['clap'], load_network('clap', weights_path(preset.clap), device).embed_texts([captions[id] for id in clips.id]))
     if mcd: clips['mcd'] = [distortion(*pair, resampler) for pair in zip(references, tqdm(generated, desc='MCD', mininterval=2, disable=not progress))]
     row = tally(generated) | set_scores(reference, heard) | {c.upper(): float(clips[c].mean(skipna=False)) for c in ('kl', 'clap', 'mcd') if c in clips}
-    networks = '; '.join(f'{name} {source} {weights_hash(weights_path(source))}' for name, source in listeners.items())
+    networks = '; '.join(f'{name} {source} {files_hash(weights_path(source))}' for name, source in listeners.items())
     return row | guards(references, generated) | dict(resampler=resampler, preset=preset.name, listener=', '.join(preset.listeners), networks=networks), clips
 
 # %% ../nbs/13b_folders.ipynb #62519aee
@@ -324,5 +324,5 @@ def main(
     if folder:
         write_table(folder/'scores.csv', pd.DataFrame([row]))
         write_table(folder/'clips.csv', clips)
-        write_json(folder/'run.json', provenance(config, [], seconds) | dict(scores=row))
+        write_json(folder/'run.json', provenance(config, [], seconds) | dict(scores={name: None if pd.isna(value) else value for name, value in row.items()}))
     print('\n'.join(f'{name:12}{value:.4f}' if isinstance(value, float) else f'{name:12}{value}' for name, value in row.items()))

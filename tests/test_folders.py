@@ -78,6 +78,13 @@ def test_command_writes_and_prints_the_scores(folders, tmp_path):
     assert run['config']['preset'] == 'mini' and run['scores']['ids'] == ids_hash(SCENES) and run['seconds']['score'] > 0
 
 
+def test_record_of_a_score_that_is_undefined_is_json(folders, tmp_path):
+    write_sounds(folders[1], IDS[:1], AUDIO[:1] * 0, RATE)
+    main(*map(str, folders), out=str(tmp_path/'out'), device='cpu', mcd=True)
+    scores = json.loads((tmp_path/'out/run.json').read_text(), parse_constant=pytest.fail)['scores']
+    assert scores['MCD'] is None and scores['silent'] == 1
+
+
 def test_command_helps():
     text = ' '.join(anno_parser(main).format_help().split())
     assert all(part in text for part in ('reference', 'generated', '--captions', '--preset', '--out', '--resampler', '--mcd', 'write_sounds', 'columns id and caption'))
