@@ -28,7 +28,7 @@ def work_folder(
     experiment:str, # name
     config:dict     # its parameters
 )->Path:
-    "Cache folder of an experiment, a function of its parameters, the package's code and its frozen weights"
+    "Cache folder of an experiment, a function of its parameters, the package's code and the weights that came with it"
     manifest = json.loads((WEIGHTS/'manifest.json').read_text())['files']
     frozen = {name: entry['sha256'] for name, entry in manifest.items() if not name.startswith('egmi/')}
     digest = hashlib.sha256(json.dumps([config, frozen], sort_keys=True, default=str).encode())
@@ -57,22 +57,26 @@ def generate_samples(
     stable_diffusion:StableDiffusion,
     audioldm:AudioLDM,
     preset:Preset,                    # gives guidance scales and length
-    path:Path,                        # .npz to write, or to read if it is there
+    path:Path,                        # start of the names of the .npz files to write, or to read if they are there
     steps:int,                        # denoising steps
     batch_size:int=16,                # rows at once, fewer where memory runs out
     seed:int=0,                       # row i starts from noise seed + i, whatever the system
+    part_size:int=256,                # rows a file
     progress:bool=True                # show bars
 )->Samples:
     "A picture and a sound for each row of conditions"
-    def make():
-        noise = lambda rows: generators_for(range(seed + rows.start, seed + rows.stop))
+    if conditions.clip_NLC is None: raise ValueError('these conditions have no image half, as those of a GILL-style mapper: no pictures can be made of them')
+    def make(part):
+        wanted, noise = conditions[part.start:part.stop], lambda rows: generators_for(seed + i for i in part[rows])
         options = lambda scale: dict(steps=steps, guidance_scale=scale, batch_size=batch_size, progress=False)
-        draw = lambda rows: np.stack(stable_diffusion.generate(conditions.clip_NLC[rows], noise(rows), **options(preset.guidance_image)))
-        play = lambda rows: audioldm.generate(conditions.clap_NC[rows], preset.seconds, noise(rows), **options(preset.guidance_audio))
-        images, audio = (np.concatenate(in_batches(f, len(conditions), batch_size, name, progress)) for f, name in ((draw, 'pictures'), (play, 'sounds')))
+        draw = lambda rows: np.stack(stable_diffusion.generate(wanted.clip_NLC[rows], noise(rows), **options(preset.guidance_image)))
+        play = lambda rows: audioldm.generate(wanted.clap_NC[rows], preset.seconds, noise(rows), **options(preset.guidance_audio))
+        images, audio = (np.concatenate(in_batches(f, len(part), batch_size, f'{name} {part.start}-{part.stop}', progress)) for f, name in ((draw, 'pictures'), (play, 'sounds')))
         return dict(images=images, audio=audio, sample_rate=audioldm.vocoder.config.sampling_rate)
-    saved = made_once(path, make)
-    return Samples(saved['images'], saved['audio'], int(saved['sample_rate']))
+    rows = range(len(conditions))
+    parts = [rows[start:start + part_size] for start in rows[::part_size]]
+    saved = [made_once(f'{path}-{part.start}-{part.stop}.npz', lambda: make(part)) for part in parts]
+    return Samples(*(np.concatenate([s[name] for s in saved]) for name in ('images', 'audio')), int(saved[0]['sample_rate']))
 
 # %% ../nbs/13_evaluation.ipynb #8600e6e3
 def load_clap(

@@ -28,8 +28,9 @@ from transformers import (ClapAudioConfig, ClapConfig, ClapFeatureExtractor, Cla
                           CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, LlamaConfig, LlamaForCausalLM,
                           SpeechT5HifiGan, SpeechT5HifiGanConfig)
 
-from .config import Preset, cache_dir, get_preset
+from .config import Preset, get_preset
 from .data import toybox
+from .evaluation import work_folder
 from .imagebind import ImageBind, ImageBindConfig, TowerConfig
 from .mapper import n_parameters
 from .mini.clap import roberta_tokenizer
@@ -294,7 +295,7 @@ def choose_preset(
     if weights == 'pretrained': require_weights(name)
     elif weights not in SCALES: raise ValueError(f'unknown weights {weights!r}: choose one of pretrained, {", ".join(SCALES)}')
     elif name not in SOURCES: raise ValueError(f'random weights stand in for published ones, and preset {name!r} has none: choose preset {", ".join(SOURCES)}')
-    else: preset = random_preset(SCALES[weights], cache_dir('rehearsal')/weights)
+    else: preset = random_preset(SCALES[weights], work_folder('rehearsal', {})/weights)
     return preset
 
 # %% ../nbs/14_rehearsal.ipynb #f9f8d9e4
@@ -305,7 +306,7 @@ def prepare(
     device='cpu'   # where the weights are drawn
 )->Path:           # a folder that `coco_parts` reads
     "Write random weights and a small COCO into the cache"
-    root = cache_dir('rehearsal')
+    root = work_folder('rehearsal', {})
     if not (root/weights).exists(): write_weights(SCALES[weights], root/weights, device)
     coco = root/f'coco-{n_train}-{n_test}'
     if not coco.exists():

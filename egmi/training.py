@@ -34,7 +34,7 @@ class Targets:
     clap_NC: torch.Tensor  # unit vectors of AudioLDM's
 
     def __len__(self): return len(self.clap_NC)
-    def __getitem__(self, rows): return Targets(self.clip_NLC[rows], self.clap_NC[rows])
+    def __getitem__(self, rows): return Targets(None if self.clip_NLC is None else self.clip_NLC[rows], self.clap_NC[rows])
 
 def text_targets(
     stable_diffusion:StableDiffusion,
