@@ -1,11 +1,12 @@
 """`papermill nbs/ablation.ipynb -p preset paper -p weights tiny`: the paper's path with random weights, end to end."""
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from conftest import papermill
+from conftest import ROOT, papermill
 
 MAPPERS = ['Separated mapper', 'Cross mapper', 'EGMI mapper', 'Separated mapper, matched', 'Cross mapper, matched']
 ANCHORS = ['text encoder (upper bound)', 'shuffled captions (floor)']
@@ -57,6 +58,13 @@ def test_random_weights_never_look_like_results(finished, table):
     assert record['note'] == NOTE and record['config']['weights'] == 'tiny' and record['n'] == dict(train=16, test=4)
     assert f'preset random-tiny, {NOTE}' in (finished.parent/'executed.ipynb').read_text()
     assert json.loads((finished/'egmi/config.json').read_text())['preset'] == 'random-tiny'
+
+
+def test_report_says_it_of_the_run(finished, tmp_path):
+    shutil.copytree(finished, tmp_path/'runs/ablation')
+    done = papermill(tmp_path, tmp_path/'cache', notebook=ROOT/'nbs/report.ipynb', runs=tmp_path/'runs', out_dir=None)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f'paper, {NOTE}' in (tmp_path/'executed.ipynb').read_text()
 
 
 def test_every_stage_was_run_and_timed(finished):
