@@ -367,19 +367,23 @@ def load_vctk(
 
 # %% ../nbs/07_data.ipynb #9a2805b4
 def word_edges(
-    wave_T:np.ndarray,# mono
-    sample_rate:int,  # Hz
-    words:list[str]
-)->np.ndarray:        # [len(words) + 1] s
+    file,           # Path or Cell, a sound
+    words:list[str] # said in it
+)->np.ndarray:      # [len(words) + 1] s
     "Estimated times at which words begin, and the end of the last"
-    frame = sample_rate // 100
+    wave_T, sample_rate = read_audio(file)
+    frame, n = sample_rate // 100, len(words)
     power_F = (wave_T[:len(wave_T) // frame * frame].reshape(-1, frame)**2).mean(1)
-    loud = np.flatnonzero(power_F > power_F.max() * 1e-4)
-    if not len(loud): raise ValueError(f'a sound of {len(wave_T)} samples is silent: it holds no words')
-    letters = np.cumsum([0] + [len(w) for w in words]) / sum(map(len, words))
-    edges = np.rint(loud[0] + letters * (loud[-1] + 1 - loud[0])).astype(int)
-    edges[1:-1] = [e - 5 + power_F[e - 5:e + 6].argmin() if e > 5 else e for e in edges[1:-1]]
-    return np.maximum.accumulate(edges) / 100
+    loud = np.flatnonzero(power_F > power_F.max(initial=0) * 1e-4)
+    if not len(loud): raise bad_file('sound', file, 'is silent and holds no words')
+    start, end = loud[0], loud[-1] + 1
+    least = min(10, (end - start) // n)
+    if least < 4: raise bad_file('sound', file, f'holds {(end - start) / 100:.2f} s of speech, too little for {n} words')
+    edges = np.rint(start + np.cumsum([0] + [len(w) for w in words]) / sum(map(len, words)) * (end - start)).astype(int)
+    for i in range(1, n):
+        low, high = np.clip([edges[i] - 5, edges[i] + 5], edges[i - 1] + least, end - (n - i) * least)
+        edges[i] = low + power_F[low:high + 1].argmin()
+    return edges * frame / sample_rate
 
 # %% ../nbs/07_data.ipynb #1ffa3a39
 def spoken_span(
@@ -392,7 +396,7 @@ def spoken_span(
     n = max(1, round(share * len(words)))
     digest = hashlib.sha256(f'{seed} {example.id}'.encode()).digest()
     first = np.random.default_rng(list(digest)).integers(len(words) - n + 1)
-    edges = word_edges(*read_audio(example.audio_file), words)
+    edges = word_edges(example.audio_file, words)
     return ' '.join(words[first:first + n]), float(edges[first]), float(edges[first + n])
 
 # %% ../nbs/07_data.ipynb #bc38a6b7
