@@ -9,6 +9,7 @@ __all__ = ['save_conditioner', 'trained', 'load_conditioner', 'load_panda', 'loa
 # %% ../nbs/10_model.ipynb #c4fa55fd
 import json
 from dataclasses import asdict, dataclass
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -39,13 +40,18 @@ def save_conditioner(
 
 # %% ../nbs/10_model.ipynb #760d1f3a
 def trained(
-    source # `mini`, or a folder written by `save_conditioner`
-)->tuple:  # folder, name of the preset
+    source,                  # `mini`, or a folder written by `save_conditioner`
+    systems=('EGMI mapper',) # names in `MAPPERS` or `BASELINES` that will do
+)->tuple:                    # folder, name of the preset
     "Where a trained part lies, and whose frozen parts it was trained with"
     folder = Path(component_path('egmi') if source == 'mini' else source)
-    if not (folder/'config.json').exists():
-        raise FileNotFoundError(f'{folder} holds no config.json: give mini, or a folder written by save_pretrained')
-    return folder, json.loads((folder/'config.json').read_text())['preset']
+    for name in ('config.json', 'model.safetensors'):
+        if not (folder/name).exists():
+            raise FileNotFoundError(f'{folder} holds no {name}: give mini or the folder of a trained mapper; `papermill nbs/ablation.ipynb OUT.ipynb -p preset paper -p data COCO -p out_dir DIR` trains one for preset paper, in DIR/egmi')
+    try: preset, system, _ = itemgetter('preset', 'system', 'mapper')(json.loads((folder/'config.json').read_text()))
+    except (ValueError, KeyError, TypeError) as e: raise ValueError(f'{folder}/config.json is not that of a trained mapper: give a folder written by save_pretrained') from e
+    if system not in systems: raise ValueError(f'{folder} holds a {system}, and wanted is: {", ".join(systems)}: give another folder')
+    return folder, preset
 
 def load_conditioner(
     folder,         # written by `save_conditioner`
@@ -111,7 +117,7 @@ class EGMI:
         device:str='auto'   # as `pick_device` takes it
     )->'EGMI':
         "Load a trained EGMI with the frozen parts of its preset"
-        folder, name = trained(source)
+        folder, name = trained(source, MAPPERS | BASELINES)
         preset, device = get_preset(name), pick_device(device)
         panda = load_panda(preset, device)
         return cls(preset, panda, load_conditioner(folder, panda), *load_generators(preset, device))
@@ -182,7 +188,7 @@ def edit(self:EGMI,
     text,                            # what to change: one text or a list; None leaves it to the sound
     audio,                           # one float32 waveform or a list of equally long ones
     sample_rate:int,                 # of `audio`, Hz
-    strength:float=.6,               # 0 changes nothing, 1 keeps of the sound only what the prompt heard
+    strength:float=.6,               # 1 keeps of the sound only what the prompt heard; below 1/steps no step is taken: autoencoder and vocoder only
     generator:torch.Generator=None,  # source of all randomness; None is the global one
     steps:int=None,                  # denoising steps of a whole generation; None takes the preset's, as the next does
     guidance_scale:float=None,

@@ -16,6 +16,7 @@ import egmi.config
 import egmi.pandagpt
 from egmi.config import component_path, pick_device
 from egmi.data import load_folder
+from egmi.model import EGMI
 
 
 def last_line(process):
@@ -173,6 +174,12 @@ def test_report_says_which_weights_are_missing(site, tmp_path):
     assert line.startswith(f'FileNotFoundError: {site}/egmi/weights lacks ') and line.endswith(': restore it with `git checkout` or reinstall egmi')
     assert all(f'{name}/model.safetensors' in line for name in ('judge/sound', 'projection')) and 'clip/model.safetensors' not in line
     assert not list(tmp_path.glob('out/*'))
+
+
+# A trained mapper (nbs/10_model.ipynb has the other cases)
+
+def test_preset_that_comes_without_a_mapper_says_how_to_train_one():
+    with pytest.raises(FileNotFoundError, match=r'^paper holds no config\.json: .* `papermill nbs/ablation\.ipynb OUT\.ipynb -p preset paper .*DIR/egmi$'): EGMI.from_pretrained('paper')
 
 
 # A user's folder (nbs/07_data.ipynb has the other cases)
