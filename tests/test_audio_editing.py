@@ -91,12 +91,13 @@ def test_files_can_be_read(finished):
 
 
 def test_record_says_what_ran(finished, table):
-    record = json.loads((finished/'run.json').read_text())
+    record = json.loads((finished/'run.json').read_text(), parse_constant=pytest.fail)  # NaN is no JSON
     assert TINY.items() <= record['config'].items() and record['seeds'] == [0]
     assert record['n'] == dict(test=6, validation=2, vctk=2) and set(record['ids']) == {'test', 'validation', 'vctk'}
     assert {'load', 'conditions', 'generation', 'scoring', 'speech'} <= set(record['seconds'])
     assert len(record['mapper']) == 64 and record['resampler'] == 'soxr'
-    assert {row['system']: row['mcd'] for row in record['table']}['EGMI'] == table.mcd['EGMI']
+    mcd = {row['system']: row['mcd'] for row in record['table']}
+    assert mcd['EGMI'] == table.mcd['EGMI'] and mcd['EGMI, printed'] is None
 
 
 def check_cells(**parameters):
@@ -124,9 +125,34 @@ def test_bad_parameters_are_named_first(parameters, error, message, tmp_path):
     assert not (tmp_path/'out').exists()
 
 
-def test_mapper_of_another_preset_is_refused(tmp_path):
-    (tmp_path/'config.json').write_text(json.dumps(dict(preset='paper')))
-    with pytest.raises(ValueError, match="was trained with preset 'paper', not 'mini'"): check_cells(out_dir=str(tmp_path/'out'), mapper=str(tmp_path))
+@pytest.mark.parametrize('config, message', [
+    (dict(preset='paper', system='EGMI mapper'), "was trained with preset 'paper', not 'mini': choose -p preset paper$"),
+    (dict(preset='mini', system='Cross mapper'), 'holds a Cross mapper, and wanted is: EGMI mapper: give another folder$'),
+], ids=['preset', 'system'])
+def test_mapper_that_does_not_fit_is_refused(config, message, tmp_path):
+    (tmp_path/'config.json').write_text(json.dumps(config | dict(mapper={})))
+    (tmp_path/'model.safetensors').touch()
+    with pytest.raises(ValueError, match=message): check_cells(out_dir=str(tmp_path/'out'), mapper=str(tmp_path))
+
+
+@pytest.fixture
+def speech(tmp_path):
+    "A folder in VCTK's layout with two utterances."
+    from egmi.data import toybox
+    from egmi.rehearsal import write_vctk
+    write_vctk(tmp_path/'vctk', toybox('test', 2))
+    return tmp_path/'vctk'
+
+
+def test_more_utterances_than_there_are(speech, tmp_path):
+    with pytest.raises(ValueError, match='vctk has 2 utterances, and n_data asks for 3: ask for fewer$'): check_cells(out_dir=str(tmp_path/'out'), data=str(speech), n_data=3)
+
+
+def test_silent_utterance_is_named_first(speech, tmp_path):
+    sound = next(speech.rglob('*.flac'))
+    soundfile.write(sound, np.zeros(48000), 48000)
+    with pytest.raises(ValueError, match=f'{sound.name} is silent and holds no words: replace it or leave it out$'): check_cells(out_dir=str(tmp_path/'out'), data=str(speech), n_data=2)
+    assert not (tmp_path/'out').exists()
 
 
 def test_good_parameters_pass(tmp_path):
