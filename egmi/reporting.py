@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'LIBRARIES', 'CEILING', 'FLOOR', 'PANELS', 'PUBLISHED_PANELS', 'SOURCE', 'SOURCE_TRIP', 'TARGET_TRIP',
-           'EDIT_ANCHORS', 'EDIT_PANELS', 'ANCHORS', 'TABLE1_PANELS', 'check_writable', 'require_positive',
+           'EDIT_ANCHORS', 'EDIT_PANELS', 'HALVES', 'ANCHORS', 'TABLE1_PANELS', 'check_writable', 'require_positive',
            'check_parameters', 'write_table', 'timed', 'code_version', 'hardware', 'provenance', 'table3_figure',
            'table2_figure', 'table1_figure', 'sample_sheet']
 
@@ -215,7 +215,8 @@ def table2_figure(
     return fig
 
 # %% ../nbs/12_reporting.ipynb #126c9d1b
-ANCHORS = {'ground truth': 'tab:green', 'other recordings': 'tab:olive', 'vocoder round trip': 'tab:cyan', FLOOR: 'tab:orange', 'silence': 'tab:red', 'noise': 'tab:purple'}
+HALVES = 'ground truth, halves'
+ANCHORS = {'ground truth': 'tab:green', HALVES: 'black', 'other recordings': 'tab:olive', 'vocoder round trip': 'tab:cyan', FLOOR: 'tab:orange', 'silence': 'tab:red', 'noise': 'tab:purple'}
 TABLE1_PANELS = dict(FD='Fréchet distance\n(FD), low is good', FAD='Fréchet audio distance\n(FAD), low is good', IS='inception score\n(IS), high is good',
                      KL='KL of pairs\nlow is good', KAD='kernel distance\n(KAD), low is good', CLAP='CLAP similarity\nhigh is good')
 
@@ -225,12 +226,12 @@ def table1_figure(
     preset:str          # named in the caption
 )->Figure:
     "Measured systems between anchors, and below what others have printed for AudioCaps"
-    measured, printed = table[table.kind != 'published'], table[table.kind == 'published']
+    measured, printed = table[table.kind != 'published'].drop(columns='IS_sd', errors='ignore'), table[table.kind == 'published'] # a deviation of parts is no interval
     corpus, columns = measured.corpus.iloc[0], [column for column in TABLE1_PANELS if column in measured]
     fig, axs = plt.subplots(2, len(columns), figsize=(1.6 + 1.9 * len(columns), 5.4), squeeze=False, layout='constrained', height_ratios=[4, 9],
-                            sharey='row', sharex='col' if corpus == 'AudioCaps' else 'none')
+                            sharey='row', sharex='col' if corpus == 'AudioCaps' and 'cnn14' in measured.listener.iloc[0] else 'none')
     for column, (above, below) in zip(columns, axs.T):
-        _draw_panel(above, measured, column, TABLE1_PANELS[column], ANCHORS)
+        _draw_panel(above, measured, column, TABLE1_PANELS[column] + '\nno interval' * (f'{column}_low' not in measured), ANCHORS)
         if f'published_{column}' in printed: _draw_panel(below, printed, None, '', paper=f'published_{column}')
         else: below.set_axis_off()
     handles, labels = map(sum, zip(*(ax.get_legend_handles_labels() for ax in axs[:, 0])), ([], []))
