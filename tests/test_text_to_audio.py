@@ -12,6 +12,7 @@ from conftest import ROOT, papermill
 TINY = dict(notebook=ROOT/'nbs/text_to_audio.ipynb', steps=2, batch_size=2, n_train=4, n_eval=6, sampling_steps=1)
 SYSTEMS = ['EGMI', 'NExT-GPT-style mapper', 'GILL-style mapper', 'AudioLDM']
 ANCHORS = ['ground truth', 'other recordings', 'vocoder round trip', 'shuffled captions (floor)', 'silence', 'noise']
+HALVES = 'ground truth, halves'
 METRICS = ['FD', 'IS', 'KL', 'KAD', 'CLAP']
 
 
@@ -36,12 +37,12 @@ def table(finished):
 
 @pytest.fixture(scope='module')
 def measured(table):
-    return table[table.kind != 'published']
+    return table[table.kind != 'published'].drop(HALVES)
 
 
 def test_table_has_every_row(table):
     assert table.index[table.kind == 'measured'].tolist() == SYSTEMS
-    assert table.index[table.kind == 'anchor'].tolist() == ANCHORS
+    assert table.index[table.kind == 'anchor'].tolist() == [*ANCHORS, HALVES]
     published = table[table.kind == 'published']
     assert len(published) == 14 and published.published_printed.dropna().tolist() == [47.68, 49.48, 23.31, 22.90, 23.58, 26.51]
     assert published.published_FD['AudioLDM-S'] == 29.48 and published.source.notna().all()
@@ -60,6 +61,16 @@ def test_measured_numbers_are_finite_and_inside_their_intervals(measured):
     for metric in ('FD', 'KAD'): assert measured.loc[SYSTEMS, f'{metric}_low'].lt(measured.loc[SYSTEMS, f'{metric}_high']).all()
     assert measured.filter(like='_p').dropna().stack().between(0, 1).all()
     assert measured.KL_vs_EGMI.isna().sum() == 1 and np.isnan(measured.KL_vs_EGMI['EGMI'])
+
+
+def test_halves_of_the_recordings_are_a_floor_of_their_own(table):
+    halves = table.loc[HALVES]
+    assert halves.n == 3 and halves.listener == 'judge' and halves[['IS', 'KL', 'CLAP', 'IS_splits']].isna().all()
+    assert table.FD['ground truth'] < halves.FD < table.FD['noise'] and halves.KAD < table.KAD['noise']
+
+
+def test_one_part_has_no_deviation(measured):
+    assert measured.IS_splits.eq(1).all() and measured.IS_sd.isna().all()
 
 
 def test_anchors_are_where_they_must_be(measured):
@@ -100,6 +111,9 @@ def test_record_says_what_ran(finished, table):
     assert set(table.ids.dropna()) == {record['ids']} and record['networks'].startswith('judge ')
     assert {'load', 'training', 'generation', 'scoring'} <= set(record['seconds']) and record['guards']['silence']['silent'] == 6
     assert [row['system'] for row in record['table']] == table.index.tolist()
+    egmi = json.loads((ROOT/'egmi/weights/egmi/training.json').read_text())['conditioner']['config']
+    had = {system: (of['steps'], of['n_train']) for system, of in record['training'].items()}
+    assert had == {'EGMI': (egmi['steps'], egmi['n_train'])} | dict.fromkeys(SYSTEMS[1:3], (2, 4))
 
 
 def test_a_run_that_was_cut_short_ends_with_the_same_table(finished, cache, tmp_path):
@@ -114,8 +128,15 @@ def test_a_run_that_was_cut_short_ends_with_the_same_table(finished, cache, tmp_
     for name in ('table1.csv', 'clips.csv'): assert (tmp_path/'out'/name).read_bytes() == (finished/name).read_bytes()
 
 
-def test_a_data_folder_that_lacks_something_is_one_line(tmp_path):
+@pytest.mark.parametrize('wrong, line', [
+    (dict(data='{0}'), 'FileNotFoundError: data folder {0} lacks test.csv: it needs'),
+    (dict(pairs='{0}'), 'FileNotFoundError: there is no {0}/annotations/captions_train2017.json'),
+    (dict(audioldms=['{0}']), 'FileNotFoundError: {0} lacks tokenizer, text_encoder'),
+    (dict(mapper='{0}'), 'ValueError: mapper {0} is a Cross mapper: give')])
+def test_what_is_wrong_with_a_folder_is_one_line(tmp_path, wrong, line):
     (tmp_path/'audio').mkdir()
-    process = papermill(tmp_path, tmp_path/'cache', data=tmp_path, **TINY)
-    line = process.stderr.strip().splitlines()[-1]
-    assert process.returncode == 1 and line.startswith(f'FileNotFoundError: data folder {tmp_path} lacks test.csv: it needs'), line
+    (tmp_path/'config.json').write_text(json.dumps(dict(preset='mini', system='Cross mapper')))
+    filled = {name: [v.format(tmp_path) for v in value] if isinstance(value, list) else value.format(tmp_path) for name, value in wrong.items()}
+    process = papermill(tmp_path, tmp_path/'cache', **filled, **TINY)
+    said = process.stderr.strip().splitlines()[-1]
+    assert process.returncode == 1 and said.startswith(line.format(tmp_path)), said
