@@ -132,10 +132,11 @@ def test_a_run_that_was_cut_short_ends_with_the_same_table(finished, cache, tmp_
     (dict(data='{0}'), 'FileNotFoundError: data folder {0} lacks test.csv: it needs'),
     (dict(pairs='{0}'), 'FileNotFoundError: there is no {0}/annotations/captions_train2017.json'),
     (dict(audioldms=['{0}']), 'FileNotFoundError: {0} lacks tokenizer, text_encoder'),
-    (dict(mapper='{0}'), 'ValueError: mapper {0} is a Cross mapper: give')])
+    (dict(mapper='{0}'), 'ValueError: {0} holds a Cross mapper, and wanted is: EGMI mapper')])
 def test_what_is_wrong_with_a_folder_is_one_line(tmp_path, wrong, line):
     (tmp_path/'audio').mkdir()
-    (tmp_path/'config.json').write_text(json.dumps(dict(preset='mini', system='Cross mapper')))
+    (tmp_path/'config.json').write_text(json.dumps(dict(preset='mini', system='Cross mapper', mapper={})))
+    (tmp_path/'model.safetensors').touch()
     filled = {name: [v.format(tmp_path) for v in value] if isinstance(value, list) else value.format(tmp_path) for name, value in wrong.items()}
     process = papermill(tmp_path, tmp_path/'cache', **filled, **TINY)
     said = process.stderr.strip().splitlines()[-1]
