@@ -4,11 +4,14 @@
 
 # %% auto #0
 __all__ = ['LEFT_OUT', 'RENAMED', 'SCALAR', 'ARRAY', 'NUMPY_DATA', 'HTSAT_TINY', 'unit_vectors', 'rgb', 'text_vectors',
-           'TransformersClip', 'OpenClip', 'rounded_to_int16', 'Clap', 'from_laion', 'read_checkpoint', 'read_laion']
+           'TransformersClip', 'OpenClip', 'rounded_to_int16', 'Clap', 'from_laion', 'read_checkpoint', 'read_laion',
+           'shielded', 'LaionClap']
 
 # %% ../nbs/12b_encoders.ipynb #1d20a4af
-import pickle, re
+import pickle, re, sys
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import open_clip
@@ -18,6 +21,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from PIL import Image
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, CLIPModel, ClapConfig, ClapFeatureExtractor, ClapModel
+from transformers import BartTokenizer, BertTokenizer, RobertaConfig, RobertaModel, RobertaTokenizer
 
 from .imagebind import load_strictly
 
@@ -211,3 +215,52 @@ def from_official(cls:Clap,
     load_strictly(model, from_laion(read_laion(path)) | ids, path)
     mels = ClapFeatureExtractor(frequency_min=50, truncation='rand_trunc', padding='repeatpad')
     return cls(model.float().to(device).eval(), AutoTokenizer.from_pretrained(tokenizer, model_max_length=77), mels, int16=True)
+
+# %% ../nbs/12b_encoders.ipynb #12e0da04
+@contextmanager
+def shielded(
+    config:ClapConfig=HTSAT_TINY # its text half has the sizes of RoBERTa
+):
+    "Keep `laion_clap` from the command line and the hub while it is imported and built"
+    roberta = lambda name: RobertaModel(RobertaConfig.from_dict(config.text_config.to_dict()))
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(sys, 'argv', sys.argv[:1]))
+        stack.enter_context(mock.patch.object(RobertaModel, 'from_pretrained', roberta))
+        for tokenizer in (BartTokenizer, BertTokenizer, RobertaTokenizer):
+            stack.enter_context(mock.patch.object(tokenizer, 'from_pretrained', lambda name: None))
+        yield
+
+# %% ../nbs/12b_encoders.ipynb #55fdac15
+class LaionClap:
+    "CLAP as `laion_clap` runs it, with what `Clap` offers"
+    def __init__(self,
+        path,                         # `630k-audioset-best.pt`, or another one without fusion
+        device='cpu',
+        tokenizer='roberta-base',     # folder or hub id with RoBERTa's vocabulary
+        config:ClapConfig=HTSAT_TINY  # its text half has the sizes of RoBERTa
+    ):
+        with shielded(config):
+            try: from laion_clap import CLAP_Module
+            except ImportError as e: raise ImportError(f"laion_clap cannot be imported ({e}): pip install 'egmi[paper]', then "
+                                                       'pip install --no-deps laion-clap==1.1.5') from e
+            self.module = CLAP_Module(device='cpu')
+        load_strictly(self.module.model, {name.removeprefix('module.'): t for name, t in read_laion(path).items() if not name.endswith('_ids')}, path)
+        self.module.float().to(device).eval()
+        self.tokenizer, self.mels, self.int16 = AutoTokenizer.from_pretrained(tokenizer, model_max_length=77), ClapFeatureExtractor(), False
+
+    prepare = Clap.prepare
+
+    def embed_sounds(self,
+        waves,           # N float waveforms, mono
+        sample_rate:int  # of all of them, in Hz
+    )->np.ndarray:       # [N, D]
+        "Sounds as unit vectors"
+        embed = lambda x: self.module.get_audio_embedding_from_data([self.prepare(wave_T, sample_rate) for wave_T in x])
+        return unit_vectors(lambda x: torch.from_numpy(embed(x)), waves)
+
+    def embed_texts(self,
+        texts:list[str]
+    )->np.ndarray:      # [N, D]
+        "Texts as unit vectors"
+        tokens = lambda x: self.tokenizer(x, padding='max_length', truncation=True, return_tensors='pt')
+        return unit_vectors(lambda x: self.module.model.get_text_embedding(tokens(x)), texts)
