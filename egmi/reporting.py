@@ -232,11 +232,14 @@ def table1_figure(
                             sharey='row', sharex='col' if corpus == 'AudioCaps' and 'cnn14' in measured.listener.iloc[0] else 'none')
     for column, (above, below) in zip(columns, axs.T):
         _draw_panel(above, measured, column, TABLE1_PANELS[column] + '\nno interval' * (f'{column}_low' not in measured), ANCHORS)
+        if column in ('FD', 'FAD', 'KAD'):
+            first, last = measured[column].min(), 1.5 * measured.loc[measured.kind == 'measured', column].max()
+            above.set_xlim(first - .1 * (last - first), last)
         if f'published_{column}' in printed: _draw_panel(below, printed, None, '', paper=f'published_{column}')
         else: below.set_axis_off()
     handles, labels = map(sum, zip(*(ax.get_legend_handles_labels() for ax in axs[:, 0])), ([], []))
     fig.legend(handles, labels, loc='outside lower center', ncols=4, fontsize=8, frameon=False)
-    fig.suptitle(f'Text to audio: above, {corpus} measured with the {preset!r} preset; below, AudioCaps as printed by others', fontsize=10)
+    fig.suptitle(f'Text to audio: above, {corpus} measured with the {preset!r} preset; below, AudioCaps as printed by others\nDistances are drawn up to one and a half times that of the last system: silence and noise may lie outside', fontsize=10)
     return fig
 
 # %% ../nbs/12_reporting.ipynb #569185e2
