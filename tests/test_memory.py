@@ -75,7 +75,7 @@ def test_samples(part, most, parts, monkeypatch, tmp_path):
     wanted = generate_samples(conditions, stable_diffusion, audioldm, preset, tmp_path/'wanted.npz', **options)
     for generator in (stable_diffusion, audioldm): monkeypatch.setattr(generator, part, holding(most, getattr(generator, part), []))
     with pytest.warns(UserWarning) as said: found = generate_samples(conditions, stable_diffusion, audioldm, preset, tmp_path/'found.npz', **options)
-    assert [str(w.message) for w in said] == [f'{made}: out of memory with 5 at once, going on with 2' for made in ('pictures', 'sounds')]
+    assert [str(w.message) for w in said] == [f'{made} 0-5: out of memory with 5 at once, going on with 2' for made in ('pictures', 'sounds')]
     assert np.abs(found.images.astype(int) - wanted.images).max() <= 1
     np.testing.assert_allclose(found.audio, wanted.audio, atol=1e-4)
 
