@@ -1,4 +1,5 @@
 """What the tests of experiment notebooks share: a cache with the LLM in it, and papermill as a user calls it."""
+import json
 import os
 import subprocess
 import sys
@@ -25,6 +26,20 @@ def papermill(folder, cache, timeout=300, variables=(), **parameters):
     "Run the ablation, or another `notebook`, in `folder`; returns the finished process."
     return subprocess.run(papermill_command(folder, **parameters), cwd=folder, env=environment(cache, **dict(variables)),
                           capture_output=True, text=True, timeout=timeout)
+
+
+def last_line(process):
+    "What a failed command said last."
+    assert process.returncode != 0
+    return process.stderr.strip().splitlines()[-1]
+
+
+def check_cells(notebook, **parameters):
+    "Run a notebook's parameters, what papermill would inject, and the cell that checks them."
+    cells = [''.join(c['source']) for c in json.loads(notebook.read_text())['cells'] if c['cell_type'] == 'code']
+    namespace = {}
+    exec(cells[0], namespace)
+    exec(cells[1], namespace | parameters)
 
 
 @pytest.fixture(scope='session')

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import soundfile
 
-from conftest import ROOT, papermill
+from conftest import ROOT, check_cells, papermill
 
 NOTEBOOK = ROOT/'nbs/audio_editing.ipynb'
 TINY = dict(n_eval=6, n_strength=2, n_data=2, sampling_steps=2, strengths=[.5], device='cpu')
@@ -100,14 +100,6 @@ def test_record_says_what_ran(finished, table):
     assert mcd['EGMI'] == table.mcd['EGMI'] and mcd['EGMI, printed'] is None
 
 
-def check_cells(**parameters):
-    "Run the notebook's parameters, what papermill would inject, and the cell that checks them."
-    cells = [''.join(c['source']) for c in json.loads(NOTEBOOK.read_text())['cells'] if c['cell_type'] == 'code']
-    namespace = {}
-    exec(cells[0], namespace)
-    exec(cells[1], namespace | parameters)
-
-
 @pytest.mark.parametrize('parameters, error, message', [
     (dict(strenght=.5), ValueError, "unknown parameter 'strenght': did you mean 'strength'?"),
     (dict(n_eval=0), ValueError, 'n_eval must be a whole number of 1 or more, not 0'),
@@ -120,7 +112,7 @@ def check_cells(**parameters):
     (dict(data='nowhere'), ValueError, 'nowhere has no examples: check its path and layout'),
 ], ids=lambda value: next(iter(value)) if isinstance(value, dict) else '')
 def test_bad_parameters_are_named_first(parameters, error, message, tmp_path):
-    with pytest.raises(error) as raised: check_cells(out_dir=str(tmp_path/'out'), **parameters)
+    with pytest.raises(error) as raised: check_cells(NOTEBOOK, out_dir=str(tmp_path/'out'), **parameters)
     assert message in str(raised.value)
     assert not (tmp_path/'out').exists()
 
@@ -132,7 +124,7 @@ def test_bad_parameters_are_named_first(parameters, error, message, tmp_path):
 def test_mapper_that_does_not_fit_is_refused(config, message, tmp_path):
     (tmp_path/'config.json').write_text(json.dumps(config | dict(mapper={})))
     (tmp_path/'model.safetensors').touch()
-    with pytest.raises(ValueError, match=message): check_cells(out_dir=str(tmp_path/'out'), mapper=str(tmp_path))
+    with pytest.raises(ValueError, match=message): check_cells(NOTEBOOK, out_dir=str(tmp_path/'out'), mapper=str(tmp_path))
 
 
 @pytest.fixture
@@ -145,16 +137,16 @@ def speech(tmp_path):
 
 
 def test_more_utterances_than_there_are(speech, tmp_path):
-    with pytest.raises(ValueError, match='vctk has 2 utterances, and n_data asks for 3: ask for fewer$'): check_cells(out_dir=str(tmp_path/'out'), data=str(speech), n_data=3)
+    with pytest.raises(ValueError, match='vctk has 2 utterances, and n_data asks for 3: ask for fewer$'): check_cells(NOTEBOOK, out_dir=str(tmp_path/'out'), data=str(speech), n_data=3)
 
 
 def test_silent_utterance_is_named_first(speech, tmp_path):
     sound = next(speech.rglob('*.flac'))
     soundfile.write(sound, np.zeros(48000), 48000)
-    with pytest.raises(ValueError, match=f'{sound.name} is silent and holds no words: replace it or leave it out$'): check_cells(out_dir=str(tmp_path/'out'), data=str(speech), n_data=2)
+    with pytest.raises(ValueError, match=f'{sound.name} is silent and holds no words: replace it or leave it out$'): check_cells(NOTEBOOK, out_dir=str(tmp_path/'out'), data=str(speech), n_data=2)
     assert not (tmp_path/'out').exists()
 
 
 def test_good_parameters_pass(tmp_path):
-    check_cells(out_dir=str(tmp_path/'out'))
+    check_cells(NOTEBOOK, out_dir=str(tmp_path/'out'))
     assert os.listdir(tmp_path/'out') == []

@@ -10,18 +10,13 @@ import pytest
 import soundfile
 from PIL import Image
 
-from conftest import NOTEBOOK, ROOT, environment, papermill
+from conftest import NOTEBOOK, ROOT, check_cells, environment, last_line, papermill
 
 import egmi.config
 import egmi.pandagpt
 from egmi.config import component_path, pick_device
 from egmi.data import load_folder
 from egmi.model import EGMI
-
-
-def last_line(process):
-    assert process.returncode != 0
-    return process.stderr.strip().splitlines()[-1]
 
 
 # Parameters of the notebook
@@ -57,19 +52,11 @@ def test_notebook_refuses_an_out_dir_that_cannot_be_written(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ['executed.ipynb', 'file'] and (tmp_path/'file').read_text() == 'in the way'
 
 
-def check_cells(**parameters):
-    "Run the notebook's parameters, what papermill would inject, and the cell that checks them."
-    cells = [''.join(c['source']) for c in json.loads(NOTEBOOK.read_text())['cells'] if c['cell_type'] == 'code']
-    namespace = {}
-    exec(cells[0], namespace)
-    exec(cells[1], namespace | parameters)
-
-
 @pytest.mark.parametrize('value', [0, -1, True, 2.5, '8'])
 @pytest.mark.parametrize('name', ['steps', 'batch_size', 'n_train', 'n_eval', 'n_vocabulary', 'sampling_steps', 'sampling_batch'])
 def test_counts_must_be_positive_whole_numbers(name, value, tmp_path):
     with pytest.raises(ValueError, match=rf"^(parameter )?'?{name}'? must be .*, not {value!r}$"):
-        check_cells(out_dir=str(tmp_path/'out'), **{name: value})
+        check_cells(NOTEBOOK, out_dir=str(tmp_path/'out'), **{name: value})
     assert not (tmp_path/'out').exists()
 
 
@@ -78,12 +65,12 @@ def test_counts_must_be_positive_whole_numbers(name, value, tmp_path):
     (dict(weights='random'), "^random weights stand in for published ones, and preset 'mini' has none: choose preset paper$"),
 ], ids=['unknown', 'mini'])
 def test_weights_that_are_not_there(parameters, message, tmp_path):
-    with pytest.raises(ValueError, match=message): check_cells(out_dir=str(tmp_path/'out'), **parameters)
+    with pytest.raises(ValueError, match=message): check_cells(NOTEBOOK, out_dir=str(tmp_path/'out'), **parameters)
     assert not (tmp_path/'out').exists()
 
 
 def test_good_parameters_pass(tmp_path):
-    check_cells(out_dir=str(tmp_path/'out'), steps=1, device='cpu')
+    check_cells(NOTEBOOK, out_dir=str(tmp_path/'out'), steps=1, device='cpu')
     assert os.listdir(tmp_path/'out') == []
 
 

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import soundfile
 
-from conftest import ROOT, papermill
+from conftest import ROOT, last_line, papermill
 
 TINY = dict(notebook=ROOT/'nbs/text_to_audio.ipynb', steps=2, batch_size=2, n_train=4, n_eval=6, sampling_steps=1)
 SYSTEMS = ['EGMI', 'NExT-GPT-style mapper', 'GILL-style mapper', 'AudioLDM']
@@ -139,5 +139,5 @@ def test_what_is_wrong_with_a_folder_is_one_line(tmp_path, wrong, line):
     (tmp_path/'model.safetensors').touch()
     filled = {name: [v.format(tmp_path) for v in value] if isinstance(value, list) else value.format(tmp_path) for name, value in wrong.items()}
     process = papermill(tmp_path, tmp_path/'cache', **filled, **TINY)
-    said = process.stderr.strip().splitlines()[-1]
+    said = last_line(process)
     assert process.returncode == 1 and said.startswith(line.format(tmp_path)), said
