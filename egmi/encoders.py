@@ -23,17 +23,18 @@ from PIL import Image
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, CLIPModel, ClapConfig, ClapFeatureExtractor, ClapModel
 from transformers import BartTokenizer, BertTokenizer, RobertaConfig, RobertaModel, RobertaTokenizer
 
+from .fitting import in_batches
 from .imagebind import load_strictly
 
 # %% ../nbs/12b_encoders.ipynb #b1bfa48e
 def unit_vectors(
-    embed,           # rows -> tensor [n, D]
-    rows,            # N of them
-    batch_size:int=64
-)->np.ndarray:       # [N, D], each of length 1
+    embed,            # rows -> tensor [n, D]
+    rows,             # N of them
+    batch_size:int=64 # at once, fewer where memory runs out
+)->np.ndarray:        # [N, D], each of length 1
     "Embed many rows, a batch at a time"
-    batches = [rows[i:i + batch_size] for i in range(0, len(rows), batch_size)]
-    with torch.no_grad(): return np.concatenate([F.normalize(embed(batch), dim=-1).cpu().numpy() for batch in batches])
+    vectors = lambda some: F.normalize(embed(rows[some]), dim=-1).cpu().numpy()
+    with torch.no_grad(): return np.concatenate(in_batches(vectors, len(rows), batch_size, 'embeddings', progress=False))
 
 # %% ../nbs/12b_encoders.ipynb #73775a36
 def rgb(

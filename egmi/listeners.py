@@ -146,22 +146,6 @@ def listen(self:Cnn14,
     features_ND, logits_NC = (torch.cat(part).cpu().numpy()[order_N] for part in zip(*heard))
     return features_ND, logits_NC
 
-@patch
-def embed(self:Cnn14,
-    waves,           # N mono sounds, floats between -1 and 1
-    sample_rate:int  # of all of them, in Hz
-)->np.ndarray:       # [N, 2048]
-    "Features for the Fréchet distance"
-    return self.listen(waves, sample_rate)[0]
-
-@patch
-def logits(self:Cnn14,
-    waves,           # N mono sounds, floats between -1 and 1
-    sample_rate:int  # of all of them, in Hz
-)->np.ndarray:       # [N, 527]
-    "Logits of AudioSet's classes for KL and inception score"
-    return self.listen(waves, sample_rate)[1]
-
 # %% ../nbs/12c_listeners.ipynb #835ed564
 @cache
 def vggish_mels()->np.ndarray: # [F, M]
