@@ -228,12 +228,14 @@ def table1_figure(
     "Measured systems between anchors, and below what others have printed for AudioCaps"
     measured, printed = table[table.kind != 'published'].drop(columns='IS_sd', errors='ignore'), table[table.kind == 'published'] # a deviation of parts is no interval
     corpus, columns = measured.corpus.iloc[0], [column for column in TABLE1_PANELS if column in measured]
+    comparable = corpus == 'AudioCaps' and 'cnn14' in measured.listener.iloc[0]
     fig, axs = plt.subplots(2, len(columns), figsize=(1.6 + 1.9 * len(columns), 5.4), squeeze=False, layout='constrained', height_ratios=[4, 9],
-                            sharey='row', sharex='col' if corpus == 'AudioCaps' and 'cnn14' in measured.listener.iloc[0] else 'none')
+                            sharey='row', sharex='col' if comparable else 'none')
     for column, (above, below) in zip(columns, axs.T):
         _draw_panel(above, measured, column, TABLE1_PANELS[column] + '\nno interval' * (f'{column}_low' not in measured), ANCHORS)
         if column in ('FD', 'FAD', 'KAD'):
             first, last = measured[column].min(), 1.5 * measured.loc[measured.kind == 'measured', column].max()
+            if comparable and f'published_{column}' in printed: last = max(last, 1.1 * printed[f'published_{column}'].max())
             above.set_xlim(first - .1 * (last - first), last)
         if f'published_{column}' in printed: _draw_panel(below, printed, None, '', paper=f'published_{column}')
         else: below.set_axis_off()
