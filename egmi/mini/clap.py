@@ -13,8 +13,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import ClapConfig, ClapFeatureExtractor, ClapModel, RobertaTokenizer
 
 from ..config import WEIGHTS
-from ..fitting import FitConfig, batch_indices
-from .clip import learn_merges, prefixed_ids, with_prefixes
+from ..fitting import FitConfig
+from .clip import learn_merges, look_alike_batches, prefixed_ids, with_prefixes
 from .corpus import render_corpus
 from .weights import Making, publish
 
@@ -76,8 +76,9 @@ def main(
     ids_2NL, features = prefixed_ids(tokenizer, corpus.captions, 'The sound of ').to(making.device), ClapFeatures(extractor).to(making.device)
     torch.manual_seed(config.seed)
     model = ClapModel(clap_config(tokenizer))
+    rows_of = look_alike_batches(corpus.labels_NF, ('object', 'size', 'object', 'place', 'object', 'count'), config)
     def loss_fn(step):
-        rows = batch_indices(len(corpus), step, config)
+        rows = rows_of(step)
         ids_BL = ids_2NL[torch.randint(2, (len(rows),)), rows]
         with torch.autocast(making.device.type, enabled=False):
             mel_B1TF = features(torch.from_numpy(corpus.waves_NT[rows]).to(making.device) / 32767)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['with_prefixes', 'learn_merges', 'clip_tokenizer', 'clip_config', 'image_processor', 'prefixed_ids', 'look_alikes',
-           'main', 'descriptions', 'zero_shot']
+           'look_alike_batches', 'main', 'descriptions', 'zero_shot']
 
 # %% ../../nbs/mini/07_clip.ipynb #7acca67a
 import json
@@ -20,7 +20,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenize
 from ..config import WEIGHTS
 from ..fitting import FitConfig, batch_indices
 from .corpus import render_corpus
-from .factors import OBJECTS, WORDS, noun_phrase
+from .factors import FACTOR_VALUES, OBJECTS, WORDS, noun_phrase
 from .weights import Making, publish
 
 # %% ../../nbs/mini/07_clip.ipynb #1c2b3991
@@ -66,15 +66,30 @@ def prefixed_ids(
 
 # %% ../../nbs/mini/07_clip.ipynb #8e45bb1a
 def look_alikes(
-    labels_NF,      # factors as class indices, the object first
-    width:int=8,    # scenes in a group
+    labels_NF,              # factors as class indices, in the order of `FACTOR_VALUES`
+    factor:str='object',    # in which they differ
     seed:int=0
-)->np.ndarray:      # row numbers [N // width, width]
-    "Groups of scenes that differ in their object and agree in all other factors, but for a few at the seams"
-    shuffled = pd.DataFrame(np.array(labels_NF)).sample(frac=1, random_state=seed)
+)->np.ndarray:              # row numbers [G, width]; the width is the power of two that the factor's values allow
+    "Groups of scenes that differ in one factor and agree in all others, but for a few at the seams"
+    width = 2**int(np.log2(len(FACTOR_VALUES[factor])))
+    shuffled = pd.DataFrame(np.array(labels_NF), columns=list(FACTOR_VALUES)).sample(frac=1, random_state=seed)
     rank = shuffled.groupby(list(shuffled)).cumcount().rename('rank')
-    order = shuffled.join(rank).sort_values([*list(shuffled)[1:], 'rank'], kind='stable').index.to_numpy()
+    order = shuffled.join(rank).sort_values([*shuffled.columns.drop(factor), 'rank'], kind='stable').index.to_numpy()
     return order[:len(order) // width * width].reshape(-1, width)
+
+# %% ../../nbs/mini/07_clip.ipynb #d48889e4
+def look_alike_batches(
+    labels_NF,        # factors as class indices
+    factors:tuple,    # names of factors, which take turns
+    config:FitConfig  # gives batch_size and seed
+):                    # step -> row numbers [batch_size]
+    "Batches of look-alikes in one factor after the other"
+    groups = {factor: look_alikes(labels_NF, factor) for factor in factors}
+    def rows_of(step):
+        groups_GN = groups[factors[step % len(factors)]]
+        of_groups = replace(config, batch_size=config.batch_size // groups_GN.shape[1])
+        return groups_GN[batch_indices(len(groups_GN), step, of_groups)].ravel()
+    return rows_of
 
 # %% ../../nbs/mini/07_clip.ipynb #40689251
 @call_parse
@@ -98,10 +113,9 @@ def main(
     mean, std = (torch.tensor(v, device=making.device).view(1, 3, 1, 1) for v in (processor.image_mean, processor.image_std))
     torch.manual_seed(config.seed)
     model = CLIPModel(clip_config(tokenizer))
-    groups_GN = look_alikes(corpus.labels_NF)
-    of_groups = replace(config, batch_size=batch_size // groups_GN.shape[1])
+    rows_of = look_alike_batches(corpus.labels_NF, ('object', 'colour', 'object', 'place', 'object', 'count'), config)
     def loss_fn(step):
-        rows = groups_GN[batch_indices(len(groups_GN), step, of_groups)].ravel()
+        rows = rows_of(step)
         x_BHW3 = torch.from_numpy(corpus.images_NHWC[rows]).to(making.device)
         x_B3HW = (x_BHW3.permute(0, 3, 1, 2) / 255 - mean) / std
         ids_BL = ids_2NL[torch.randint(2, (len(rows),)), rows]

@@ -16,9 +16,9 @@ from torch import nn
 from transformers import CLIPModel, CLIPTokenizer
 
 from ..config import WEIGHTS, component_path
-from ..fitting import FitConfig, batch_indices
+from ..fitting import FitConfig
 from ..imagebind import ImageBind, ImageBindConfig, preprocess_audio, preprocess_images
-from .clip import look_alikes, prefixed_ids
+from .clip import look_alike_batches, prefixed_ids
 from .corpus import render_corpus
 from .weights import Making, publish
 
@@ -84,10 +84,9 @@ def main(
     torch.manual_seed(config.seed)
     model = ImageBind(sizes)
     model.load_state_dict(model.state_dict() | clip_towers(CLIPModel.from_pretrained(component_path('clip'), dtype=torch.float32), sizes.embed_dim))
-    groups_GN = look_alikes(corpus.labels_NF)
-    of_groups = replace(config, batch_size=batch_size // groups_GN.shape[1])
+    rows_of = look_alike_batches(corpus.labels_NF, ('object',), config)
     def loss_fn(step):
-        rows = groups_GN[batch_indices(len(groups_GN), step, of_groups)].ravel()
+        rows = rows_of(step)
         pictures = preprocess_images([Image.fromarray(i) for i in corpus.images_NHWC[rows]], sizes)
         sounds = preprocess_audio(list(corpus.waves_NT[rows] / np.float32(32767)), 16000, sizes)
         image_BD, scale = model.encode_image(pictures.to(making.device)), model.modality_postprocessors.text[1].log_logit_scale.exp().clip(max=100)
