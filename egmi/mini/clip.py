@@ -64,7 +64,7 @@ def prefixed_ids(
     pad = dict(padding='max_length', truncation=True, max_length=tokenizer.model_max_length, return_tensors='pt')
     return torch.stack([tokenizer([p + c for c in captions], **pad).input_ids for p in ('', prefix)])
 
-# %% ../../nbs/mini/07_clip.ipynb #b23571c5
+# %% ../../nbs/mini/07_clip.ipynb #54fc75c9
 def caption_ids(tokenizer, corpus, prefix:str)->torch.Tensor: # token ids [4, N, L]
     "The captions of a corpus and its brief ones, each without and with the prefix"
     return torch.cat([prefixed_ids(tokenizer, texts, prefix) for texts in (corpus.captions, brief_captions(corpus.labels_NF))])

@@ -28,7 +28,7 @@ def labels(
     "Factors as class indices"
     return [values.index(scene_factors[name]) for name, values in FACTOR_VALUES.items()]
 
-# %% ../../nbs/mini/04_corpus.ipynb #90892332
+# %% ../../nbs/mini/04_corpus.ipynb #7e47df9a
 def brief_captions(
     labels_NF, # factors as class indices
     seed:int=0
