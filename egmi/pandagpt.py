@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from huggingface_hub import hf_hub_download
 from PIL import Image
-from safetensors.torch import load_model
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -420,11 +419,10 @@ def load_projection(
     self:PandaGPT,
     source # folder or hub id
 ):
-    "Load a projection of ours, or PandaGPT's with its LoRA"
-    if ours := find_file(source, 'model.safetensors'): load_model(self.projection, str(ours))
-    elif theirs := find_file(source, 'pytorch_model.pt'): self.merge_delta(theirs)
-    else: raise FileNotFoundError(f'{source} has neither model.safetensors (our projection) nor pytorch_model.pt (of PandaGPT): '
-                                  'give a folder with one of them, or a hub id that can be reached')
+    "Load a PandaGPT checkpoint: the projection, and the LoRA that is added to the LLM"
+    path = find_file(source, 'pytorch_model.pt')
+    if path is None: raise FileNotFoundError(f'{source} has no pytorch_model.pt of PandaGPT: give a folder with it, or a hub id that can be reached')
+    self.merge_delta(path)
 
 # %% ../nbs/05_pandagpt.ipynb #a0266eb5
 @patch(cls_method=True)

@@ -159,7 +159,7 @@ def test_report_says_which_weights_are_missing(site, tmp_path):
     for name in ('judge/sound', 'projection'): shutil.rmtree(site/'egmi/weights'/name)
     line = last_line(papermill(tmp_path, tmp_path/'cache', notebook=ROOT/'nbs/mini/report.ipynb', variables=dict(PYTHONPATH=str(site))))
     assert line.startswith(f'FileNotFoundError: {site}/egmi/weights lacks ') and line.endswith(': restore it with `git checkout` or reinstall egmi')
-    assert all(f'{name}/model.safetensors' in line for name in ('judge/sound', 'projection')) and 'clip/model.safetensors' not in line
+    assert all(name in line for name in ('judge/sound/model.safetensors', 'projection/pytorch_model.pt')) and 'clip/model.safetensors' not in line
     assert not list(tmp_path.glob('out/*'))
 
 

@@ -36,7 +36,7 @@ def start_at_words(
     panda.projection.weight.copy_(weight_DC.T)
     panda.projection.bias.copy_(mean_C - mean_D @ weight_DC)
 
-# %% ../../nbs/mini/12_projection.ipynb #a3ba95fc
+# %% ../../nbs/mini/12_projection.ipynb #bfbff4ce
 class LowRank(nn.Module):
     "W -> W + BA"
     def __init__(self,
@@ -57,7 +57,7 @@ def add_low_rank(panda:PandaGPT)->nn.ModuleDict: # what is to be trained
         register_parametrization(linear, 'weight', pair)
     return nn.ModuleDict(dict(projection=panda.projection.requires_grad_(True), pairs=pairs))
 
-# %% ../../nbs/mini/12_projection.ipynb #33a2ed7b
+# %% ../../nbs/mini/12_projection.ipynb #21ff13b9
 def delta_keys(learnt:nn.ModuleDict)->dict: # key -> (parameter, how much larger than in the file)
     "The parameters under the names that PandaGPT's checkpoints give them"
     keys = {f'llama_proj.{k}': (p, 1) for k, p in learnt['projection'].named_parameters()}
