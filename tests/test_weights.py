@@ -14,7 +14,7 @@ MB = 10**6
 COMPONENTS = {'clip', 'clap', 'imagebind', 'projection', 'judge', 'stable-diffusion', 'audioldm', 'egmi'}
 MANIFEST = json.loads((WEIGHTS/'manifest.json').read_text())
 FILES = MANIFEST['files']
-TENSOR_FILES = [name for name in FILES if name.endswith('.safetensors')]
+TENSOR_FILES = [name for name in FILES if name.endswith(('.safetensors', '.pt'))]
 
 
 def test_manifest_lists_what_git_holds():
@@ -47,7 +47,7 @@ def test_tensors_are_half_precision_and_finite(name):
     "But for attention masks, which hold minus infinity."
     import torch
     from safetensors.torch import load_file
-    tensors = load_file(WEIGHTS/name)
+    tensors = load_file(WEIGHTS/name) if name.endswith('.safetensors') else torch.load(WEIGHTS/name, weights_only=True)
     assert {t.dtype for t in tensors.values() if t.is_floating_point()} == {torch.float16}
     assert [key for key, t in tensors.items() if not t.isfinite().all() and not key.endswith('.mask')] == []
     assert not any(t.isnan().any() for t in tensors.values())
