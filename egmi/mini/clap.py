@@ -14,7 +14,7 @@ from transformers import ClapConfig, ClapFeatureExtractor, ClapModel, RobertaTok
 
 from ..config import WEIGHTS
 from ..fitting import FitConfig
-from .clip import learn_merges, look_alike_batches, prefixed_ids, with_prefixes
+from .clip import caption_ids, learn_merges, look_alike_batches, with_prefixes
 from .corpus import render_corpus
 from .weights import Making, publish
 
@@ -73,13 +73,13 @@ def main(
     making, corpus, config = Making('clap', device, root, onward), render_corpus('train', n_scenes), FitConfig(steps, batch_size, lr=lr)
     tokenizer = RobertaTokenizer.from_pretrained(making.root/making.name) if onward else roberta_tokenizer(with_prefixes(corpus.captions[:4000]))
     extractor = feature_extractor()
-    ids_2NL, features = prefixed_ids(tokenizer, corpus.captions, 'The sound of ').to(making.device), ClapFeatures(extractor).to(making.device)
+    ids_4NL, features = caption_ids(tokenizer, corpus, 'The sound of ').to(making.device), ClapFeatures(extractor).to(making.device)
     torch.manual_seed(config.seed)
     model = ClapModel(clap_config(tokenizer))
     rows_of = look_alike_batches(corpus.labels_NF, ('object', 'size', 'object', 'place', 'object', 'count'), config)
     def loss_fn(step):
         rows = rows_of(step)
-        ids_BL = ids_2NL[torch.randint(2, (len(rows),)), rows]
+        ids_BL = ids_4NL[torch.randint(4, (len(rows),)), rows]
         with torch.autocast(making.device.type, enabled=False):
             mel_B1TF = features(torch.from_numpy(corpus.waves_NT[rows]).to(making.device) / 32767)
         return model(input_ids=ids_BL, attention_mask=ids_BL != tokenizer.pad_token_id, input_features=mel_B1TF, return_loss=True).loss

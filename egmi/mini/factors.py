@@ -91,12 +91,14 @@ def plural(noun:str)->str: return noun + ('es' if noun.endswith(('ch', 's', 'x')
 def noun_phrase(
     factors:Factors,         # what to describe
     noun:str,                # what to call it
-    rng:np.random.Generator  # stream that picks the wording
+    rng:np.random.Generator, # stream that picks the wording
+    without:str=''           # `size` or `colour`, to leave it out
 )->str:
     "Count, size, colour and noun: `two little red bells`"
     pick = lambda words: words[rng.integers(len(words))]
     count, size = pick(WORDS[factors.count]), pick(WORDS[factors.size])
-    adjectives = (size, factors.colour) if rng.random() < .8 else (factors.colour, size)
+    adjectives = [word for name, word in (('size', size), ('colour', factors.colour)) if name != without]
+    if rng.random() >= .8: adjectives.reverse()
     words = ' '.join((*adjectives, noun if factors.count == 1 else plural(noun)))
     article = 'an' if count == 'a' and words[0] in 'aeiou' else count
     return f'{article} {words}'
@@ -105,13 +107,14 @@ def noun_phrase(
 def caption(
     factors:Factors,          # what to describe
     rng:np.random.Generator,  # stream that picks the wording
-    unseen:bool=False         # call the thing by one of its `UNSEEN_NAMES`, and leave out the verb
+    unseen:bool=False,        # call the thing by one of its `UNSEEN_NAMES`, and leave out the verb
+    without:str=''            # `object`, `size`, `colour` or `place`, to leave it out
 )->str:
-    "One English sentence that names every factor"
-    names = UNSEEN_NAMES[factors.object] if unseen else (factors.object,)
-    thing = noun_phrase(factors, names[rng.integers(len(names))], rng)
+    "One English sentence that names every factor, or all but one"
+    names = UNSEEN_NAMES[factors.object] if unseen else ('thing',) if without == 'object' else (factors.object,)
+    thing = noun_phrase(factors, names[rng.integers(len(names))], rng, without)
     verb = VERBS[factors.object][rng.integers(2)]
     place = WORDS[factors.place][rng.integers(3)]
-    doing = f'{thing} {verb}' if rng.random() < .5 and not unseen else thing
-    shapes = (f'{doing} {place}', f'{place}, {doing}', f'{doing}, {place}', f'{place} there {"is" if factors.count == 1 else "are"} {doing}')
+    doing = f'{thing} {verb}' if rng.random() < .5 and not unseen and without != 'object' else thing
+    shapes = (doing,) if without == 'place' else (f'{doing} {place}', f'{place}, {doing}', f'{doing}, {place}', f'{place} there {"is" if factors.count == 1 else "are"} {doing}')
     return shapes[rng.integers(len(shapes))]

@@ -16,7 +16,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..config import WEIGHTS, component_path
 from ..fitting import FitConfig, batch_indices
-from .clip import prefixed_ids
+from .clip import caption_ids, prefixed_ids
 from .corpus import render_corpus
 from .judge import picture_tensor
 from .weights import Making, publish
@@ -82,6 +82,7 @@ def train_vae(
     "Train an autoencoder of pictures or of log-mels"
     torch.manual_seed(config.seed)
     vae = make_vae()
+    if making.onward: [part.requires_grad_(False) for part in (vae.encoder, vae.quant_conv)]
     def loss_fn(step): return vae_loss(vae, see(batch_indices(n, step, config)).to(making.device))
     return making.fit('vae', vae, loss_fn, config)
 
@@ -105,12 +106,12 @@ def train_unet(
 
 def drop_some(rows, rate:float=.1): return torch.rand(len(rows)) < rate
 
-def text_condition(text_encoder, tokenizer, captions:list[str]):
-    "row numbers -> states of the captions, with or without the paper's prefix; one in ten is empty"
-    ids_2NL = prefixed_ids(tokenizer, captions, 'The image of ').to(text_encoder.device)
+def text_condition(text_encoder, tokenizer, corpus):
+    "row numbers -> states of the captions, whole or brief, with or without the paper's prefix; one in ten is empty"
+    ids_4NL = caption_ids(tokenizer, corpus, 'The image of ').to(text_encoder.device)
     empty_L = prefixed_ids(tokenizer, [''], '')[0, 0].to(text_encoder.device)
     def condition(rows):
-        ids_BL = ids_2NL[torch.randint(2, (len(rows),)), rows]
+        ids_BL = ids_4NL[torch.randint(4, (len(rows),)), rows]
         ids_BL[drop_some(rows)] = empty_L
         with torch.no_grad(): return dict(encoder_hidden_states=text_encoder(ids_BL).last_hidden_state)
     return condition
@@ -134,7 +135,7 @@ def main(
     text_encoder = CLIPTextModel.from_pretrained(component_path('clip'), dtype=torch.float32).to(making.device)
     tokenizer = CLIPTokenizer.from_pretrained(component_path('clip'))
     latents_NCHW = encode_all(vae, (see(rows) for rows in np.array_split(np.arange(len(corpus)), len(corpus) // 64 + 1)))
-    condition = text_condition(text_encoder, tokenizer, corpus.captions)
+    condition = text_condition(text_encoder, tokenizer, corpus)
     unet = (train_unet(making, image_unet, IMAGE_NOISE, latents_NCHW, condition, FitConfig(unet_steps, batch_size, lr=7e-4))
             if 'unet' in parts else making.published(UNet2DConditionModel, 'unet'))
     pipeline = StableDiffusionPipeline(vae.half(), text_encoder.half(), tokenizer, unet.half(), DPMSolverMultistepScheduler(**IMAGE_NOISE),
