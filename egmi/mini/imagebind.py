@@ -84,7 +84,7 @@ def main(
     torch.manual_seed(config.seed)
     model = ImageBind(sizes)
     model.load_state_dict(model.state_dict() | clip_towers(CLIPModel.from_pretrained(component_path('clip'), dtype=torch.float32), sizes.embed_dim))
-    rows_of = look_alike_batches(corpus.labels_NF, ('object',), config)
+    rows_of = look_alike_batches(corpus.labels_NF, ('object', 'colour', 'object', 'place', 'object', 'count'), config)
     def loss_fn(step):
         rows = rows_of(step)
         pictures = preprocess_images([Image.fromarray(i) for i in corpus.images_NHWC[rows]], sizes)
