@@ -38,7 +38,7 @@ class Making:
     def file(self, part:str)->Path:
         "The published weights of a part"
         folder = self.root/self.name
-        return next((folder/part if (folder/part).is_dir() else folder).glob('*.safetensors'))
+        return next(p for p in (folder/part if (folder/part).is_dir() else folder).iterdir() if p.suffix in ('.safetensors', '.pt'))
 
     def load(self, part:str, module):
         "Give `module` the published weights of a part to begin with"
