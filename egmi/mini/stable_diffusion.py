@@ -81,7 +81,7 @@ def train_vae(
 )->AutoencoderKL:
     "Train an autoencoder of pictures or of log-mels"
     torch.manual_seed(config.seed)
-    vae = make_vae()
+    vae = making.published(AutoencoderKL, 'vae') if making.onward else make_vae()
     if making.onward: [part.requires_grad_(False) for part in (vae.encoder, vae.quant_conv)]
     def loss_fn(step): return vae_loss(vae, see(batch_indices(n, step, config)).to(making.device))
     return making.fit('vae', vae, loss_fn, config)
