@@ -103,9 +103,9 @@ def sound_condition(clap_NC, empty_C):
 # %% ../../nbs/mini/11_audioldm.ipynb #55dde92e
 @call_parse
 def main(
-    vae_steps:int=1500,     # training steps of the autoencoder
-    vocoder_steps:int=6000, # training steps of the vocoder
-    unet_steps:int=7000,    # training steps of the denoiser
+    vae_steps:int=4000,     # training steps of the autoencoder
+    vocoder_steps:int=15000, # training steps of the vocoder
+    unet_steps:int=17000,   # training steps of the denoiser
     batch_size:int=16,      # scenes a step
     n_scenes:int=16000,     # rendered scenes, seed 0
     parts:str='vae vocoder unet', # what to train; the rest is taken from the published weights

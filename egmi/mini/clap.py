@@ -61,7 +61,7 @@ class ClapFeatures(torch.nn.Module):
 # %% ../../nbs/mini/08_clap.ipynb #a6021188
 @call_parse
 def main(
-    steps:int=1500,      # training steps
+    steps:int=4000,      # training steps
     batch_size:int=64,   # pairs a step; the others in the batch are the negatives
     n_scenes:int=16000,  # rendered scenes, seed 0
     lr:float=1e-3,       # learning rate

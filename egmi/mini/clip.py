@@ -99,8 +99,8 @@ def look_alike_batches(
 # %% ../../nbs/mini/07_clip.ipynb #40689251
 @call_parse
 def main(
-    steps:int=1200,      # training steps of both towers
-    vision_steps:int=3000, # further steps of the vision tower alone
+    steps:int=5000,      # training steps of both towers
+    vision_steps:int=3600, # further steps of the vision tower alone
     batch_size:int=64,   # pairs a step; the others in the batch are the negatives
     n_scenes:int=16000,  # rendered scenes, seed 0
     lr:float=1e-3,       # learning rate

@@ -79,10 +79,10 @@ def load_delta(learnt:nn.ModuleDict, path):
 # %% ../../nbs/mini/12_projection.ipynb #182478ad
 @call_parse
 def main(
-    steps:int=600,       # training steps
+    steps:int=800,       # training steps
     batch_size:int=8,    # pictures a step
     n_scenes:int=16000,  # rendered scenes, seed 0
-    lr:float=3e-3,       # learning rate
+    lr:float=2e-3,       # learning rate
     device:str='auto',   # cpu, cuda...
     onward:bool=False,   # start from the published weights, for another round
     root:str=WEIGHTS,    # folder of components to publish into
