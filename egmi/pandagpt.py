@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SMOLLM2', 'QUESTION', 'find_gguf', 'convert_gguf', 'download_smollm2', 'smollm2_path', 'find_file',
            'read_sentencepiece', 'load_tokenizer', 'check_llm', 'load_llm', 'PandaGPT', 'position_ids', 'append_ones',
-           'PrefixCache', 'read_delta', 'lora_targets', 'delta_shapes', 'check_delta']
+           'PrefixCache', 'read_delta', 'lora_targets', 'lora_key', 'delta_shapes', 'check_delta']
 
 # %% ../nbs/05_pandagpt.ipynb #5c232698
 import pickle, re
@@ -365,6 +365,10 @@ def lora_targets(llm)->dict: # module name -> nn.Linear
     "The matrices of an LLM that PandaGPT tuned"
     return {name: m for name, m in llm.named_modules() if name.endswith(('.q_proj', '.k_proj', '.v_proj', '.o_proj'))}
 
+def lora_key(name:str, factor:str)->str: # module name, A or B -> key
+    "What PandaGPT's checkpoints call one factor of the LoRA of a matrix"
+    return f'llama_model.base_model.model.{name}.lora_{factor}.default.weight'
+
 # %% ../nbs/05_pandagpt.ipynb #a82f7a54
 def delta_shapes(
     llm,
@@ -374,8 +378,7 @@ def delta_shapes(
     "What a PandaGPT checkpoint for this LLM holds"
     D, shapes = llm.config.hidden_size, {}
     for name, linear in lora_targets(llm).items():
-        shapes[f'llama_model.base_model.model.{name}.lora_A.default.weight'] = rank, linear.in_features
-        shapes[f'llama_model.base_model.model.{name}.lora_B.default.weight'] = linear.out_features, rank
+        shapes[lora_key(name, 'A')], shapes[lora_key(name, 'B')] = (rank, linear.in_features), (linear.out_features, rank)
     return shapes | {'llama_proj.weight': (D, d_imagebind), 'llama_proj.bias': (D,)}
 
 # %% ../nbs/05_pandagpt.ipynb #6b53ea02
@@ -410,7 +413,7 @@ def merge_delta(
     finer = torch.promote_types(self.llm.dtype, torch.float32)
     for name, linear in lora_targets(self.llm).items():
         W = linear.weight.to(finer)
-        A, B = (state[f'llama_model.base_model.model.{name}.lora_{x}.default.weight'].to(W) for x in 'AB')
+        A, B = (state[lora_key(name, x)].to(W) for x in 'AB')
         linear.weight.copy_(W + alpha / rank * B @ A)
 
 # %% ../nbs/05_pandagpt.ipynb #a253cc24

@@ -18,7 +18,7 @@ from ..fitting import FitConfig, batch_indices
 from .corpus import render_corpus
 from .factors import OBJECTS
 from .weights import Making, publish
-from ..pandagpt import QUESTION, PandaGPT, lora_targets, read_delta
+from ..pandagpt import QUESTION, PandaGPT, lora_key, lora_targets, read_delta
 
 # %% ../../nbs/mini/12_projection.ipynb #94ac0149
 @torch.no_grad()
@@ -63,7 +63,7 @@ def delta_keys(learnt:nn.ModuleDict)->dict: # key -> (parameter, how much larger
     keys = {f'llama_proj.{k}': (p, 1) for k, p in learnt['projection'].named_parameters()}
     for name, pair in learnt['pairs'].items():
         for x, p in pair.named_parameters():
-            keys[f'llama_model.base_model.model.{name.replace("/", ".")}.lora_{x}.default.weight'] = p, (32 / len(pair.A))**.5
+            keys[lora_key(name.replace('/', '.'), x)] = p, (32 / len(pair.A))**.5
     return keys
 
 def save_delta(learnt:nn.ModuleDict, path):
