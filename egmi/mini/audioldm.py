@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SOUND_NOISE', 'sound_vae', 'vocoder_model', 'spectral_loss', 'through_vae', 'train_vocoder', 'sound_unet',
-           'clap_audio_embeddings', 'sound_condition', 'main']
+           'clap_audio_embeddings', 'sound_condition', 'mixtures', 'main']
 
 # %% ../../nbs/mini/11_audioldm.ipynb #ed3b2c1d
 import numpy as np
@@ -18,7 +18,7 @@ from ..config import WEIGHTS, component_path
 from ..fitting import FitConfig, batch_indices
 from ..generators import log_mel
 from .clap import ClapFeatures
-from .corpus import render_corpus
+from .corpus import log_mels, render_corpus
 from .stable_diffusion import drop_some, encode_all, train_unet, train_vae
 from .weights import Making, publish
 
@@ -58,7 +58,7 @@ def through_vae(vae:AutoencoderKL, mels_NTF, batch_size:int=16)->np.ndarray: # f
 
 def train_vocoder(making:Making, corpus, vae:AutoencoderKL, config:FitConfig, frames:int=32)->SpeechT5HifiGan:
     given_NTF = np.array(corpus.mels_NTF)
-    given_NTF[::4] = through_vae(vae, given_NTF[::4])
+    given_NTF[::2] = through_vae(vae, given_NTF[::2])
     torch.manual_seed(config.seed)
     vocoder = vocoder_model()
     for m in vocoder.modules():
@@ -100,6 +100,21 @@ def sound_condition(clap_NC, empty_C):
     "row numbers -> CLAP vectors of the sounds; one in ten is that of the empty caption"
     return lambda rows: dict(encoder_hidden_states=None, class_labels=torch.where(drop_some(rows)[:, None].to(clap_NC.device), empty_C, clap_NC[rows]))
 
+# %% ../../nbs/mini/11_audioldm.ipynb #a9bae05e
+def mixtures(
+    waves_NT,    # int16 sounds of a corpus
+    clap_NC,     # their CLAP vectors
+    n:int,       # how many
+    seed:int=0
+)->tuple:        # log-mels [n, T / 160, F], unit vectors [n, C]
+    "Pairs of sounds at once, the second one up to 10 dB quieter, with the same mixture of their vectors"
+    rng = np.random.default_rng(seed)
+    one_M, other_M = rng.integers(len(waves_NT), size=(2, n))
+    level_M1 = 10**(-rng.random((n, 1), dtype=np.float32) / 2)
+    mix = lambda one, other, level: (one + level * other) / (1 + level)
+    mixed_MT = [mix(waves_NT[i], waves_NT[j], level).astype(np.int16) for i, j, level in zip(one_M, other_M, level_M1)]
+    return log_mels(mixed_MT), nn.functional.normalize(mix(clap_NC[one_M], clap_NC[other_M], torch.from_numpy(level_M1).to(clap_NC.device)), dim=-1)
+
 # %% ../../nbs/mini/11_audioldm.ipynb #55dde92e
 @call_parse
 def main(
@@ -116,7 +131,7 @@ def main(
     "Train the small AudioLDM; the small CLAP must exist"
     making, corpus, source = Making('audioldm', device, root, onward), render_corpus('train', n_scenes), component_path('clap')
     see = lambda rows: torch.from_numpy(corpus.mels_NTF[rows]).float()[:, None]
-    vae = (train_vae(making, sound_vae, len(corpus), see, FitConfig(vae_steps, batch_size // 2, lr=2e-3))
+    vae = (train_vae(making, sound_vae, len(corpus), see, FitConfig(vae_steps, batch_size // 2, lr=2e-3), 'unet' in parts)
            if 'vae' in parts else making.published(AutoencoderKL, 'vae'))
     vocoder = train_vocoder(making, corpus, vae, FitConfig(vocoder_steps, batch_size // 2, lr=2e-3)) if 'vocoder' in parts else making.published(SpeechT5HifiGan, 'vocoder')
     clap = ClapModel.from_pretrained(source, dtype=torch.float32).to(making.device).eval()
@@ -126,8 +141,11 @@ def main(
     with torch.no_grad(): empty_C = nn.functional.normalize(text_encoder(**tokenizer('', return_tensors='pt').to(making.device)).text_embeds[0], dim=-1)
     if 'unet' not in parts: unet = making.published(UNet2DConditionModel, 'unet')
     else:
-        latents_NCTF = encode_all(vae, (see(rows) for rows in np.array_split(np.arange(len(corpus)), len(corpus) // 64 + 1)))
-        condition = sound_condition(clap_audio_embeddings(clap, features, corpus.waves_NT), empty_C)
+        clap_NC = clap_audio_embeddings(clap, features, corpus.waves_NT)
+        mels_MTF, mixed_MC = mixtures(corpus.waves_NT, clap_NC, len(corpus) // 2)
+        mels_NTF = np.concatenate([corpus.mels_NTF, mels_MTF])
+        latents_NCTF = encode_all(vae, (torch.from_numpy(x).float()[:, None] for x in np.array_split(mels_NTF, len(mels_NTF) // 64 + 1)))
+        condition = sound_condition(torch.cat([clap_NC, mixed_MC]), empty_C)
         unet = train_unet(making, sound_unet, SOUND_NOISE, latents_NCTF, condition, FitConfig(unet_steps, batch_size, lr=7e-4))
     pipeline = AudioLDMPipeline(vae.half(), text_encoder.half(), tokenizer, unet.half(), DPMSolverMultistepScheduler(**SOUND_NOISE), vocoder.half())
     publish(making, pipeline.save_pretrained)

@@ -77,12 +77,13 @@ def train_vae(
     make_vae,        # -> AutoencoderKL
     n:int,           # scenes
     see,             # row numbers -> x_BCHW
-    config:FitConfig
+    config:FitConfig,
+    anew:bool        # whether a denoiser will learn the latents afterwards; else a further round leaves the encoder as it is
 )->AutoencoderKL:
     "Train an autoencoder of pictures or of log-mels"
     torch.manual_seed(config.seed)
     vae = making.published(AutoencoderKL, 'vae') if making.onward else make_vae()
-    if making.onward: [part.requires_grad_(False) for part in (vae.encoder, vae.quant_conv)]
+    if making.onward and not anew: [part.requires_grad_(False) for part in (vae.encoder, vae.quant_conv)]
     def loss_fn(step): return vae_loss(vae, see(batch_indices(n, step, config)).to(making.device))
     return making.fit('vae', vae, loss_fn, config)
 
@@ -131,7 +132,7 @@ def main(
     "Train the small Stable Diffusion; the small CLIP must exist"
     making, corpus = Making('stable-diffusion', device, root, onward), render_corpus('train', n_scenes)
     see = lambda rows: picture_tensor(corpus.images_NHWC[rows])
-    vae = train_vae(making, image_vae, len(corpus), see, FitConfig(vae_steps, batch_size, lr=2e-3)) if 'vae' in parts else making.published(AutoencoderKL, 'vae')
+    vae = train_vae(making, image_vae, len(corpus), see, FitConfig(vae_steps, batch_size, lr=2e-3), 'unet' in parts) if 'vae' in parts else making.published(AutoencoderKL, 'vae')
     text_encoder = CLIPTextModel.from_pretrained(component_path('clip'), dtype=torch.float32).to(making.device)
     tokenizer = CLIPTokenizer.from_pretrained(component_path('clip'))
     latents_NCHW = encode_all(vae, (see(rows) for rows in np.array_split(np.arange(len(corpus)), len(corpus) // 64 + 1)))
