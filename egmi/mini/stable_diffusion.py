@@ -30,12 +30,14 @@ def image_vae()->AutoencoderKL:
 def vae_loss(
     vae:AutoencoderKL,
     x_BCHW,           # pictures in [-1, 1], or log-mels
+    tint_weight=2.,   # of the error of patches
     kl_weight=1e-3    # per latent element
 ):
-    "Absolute reconstruction error + KL divergence of the latents from a unit Gaussian"
+    "Absolute reconstruction error of pixels and of patches + KL divergence of the latents from a unit Gaussian"
     posterior = vae.encode(x_BCHW).latent_dist
-    reconstruction = (vae.decode(posterior.sample()).sample - x_BCHW).abs().mean()
-    return reconstruction + kl_weight * posterior.kl().mean() / posterior.mean[0].numel()
+    error_BCHW = vae.decode(posterior.sample()).sample - x_BCHW
+    tint_BChw = nn.functional.avg_pool2d(error_BCHW, 4)
+    return error_BCHW.abs().mean() + tint_weight * tint_BChw.abs().mean() + kl_weight * posterior.kl().mean() / posterior.mean[0].numel()
 
 # %% ../../nbs/mini/10_stable_diffusion.ipynb #6f03a1d2
 @torch.no_grad()
