@@ -123,6 +123,7 @@ def text_condition(text_encoder, tokenizer, corpus):
 @call_parse
 def main(
     vae_steps:int=6000,   # training steps of the autoencoder
+    vae_lr:float=2e-3,    # learning rate of the autoencoder
     unet_steps:int=23000, # training steps of the denoiser
     batch_size:int=16,    # scenes a step
     n_scenes:int=16000,   # rendered scenes, seed 0
@@ -134,13 +135,14 @@ def main(
     "Train the small Stable Diffusion; the small CLIP must exist"
     making, corpus = Making('stable-diffusion', device, root, onward), render_corpus('train', n_scenes)
     see = lambda rows: picture_tensor(corpus.images_NHWC[rows])
-    vae = train_vae(making, image_vae, len(corpus), see, FitConfig(vae_steps, batch_size, lr=2e-3), 'unet' in parts) if 'vae' in parts else making.published(AutoencoderKL, 'vae')
+    vae = train_vae(making, image_vae, len(corpus), see, FitConfig(vae_steps, batch_size, lr=vae_lr), 'unet' in parts) if 'vae' in parts else making.published(AutoencoderKL, 'vae')
     text_encoder = CLIPTextModel.from_pretrained(component_path('clip'), dtype=torch.float32).to(making.device)
     tokenizer = CLIPTokenizer.from_pretrained(component_path('clip'))
-    latents_NCHW = encode_all(vae, (see(rows) for rows in np.array_split(np.arange(len(corpus)), len(corpus) // 64 + 1)))
-    condition = text_condition(text_encoder, tokenizer, corpus)
-    unet = (train_unet(making, image_unet, IMAGE_NOISE, latents_NCHW, condition, FitConfig(unet_steps, batch_size, lr=7e-4))
-            if 'unet' in parts else making.published(UNet2DConditionModel, 'unet'))
+    if 'unet' not in parts: unet = making.published(UNet2DConditionModel, 'unet')
+    else:
+        latents_NCHW = encode_all(vae, (see(rows) for rows in np.array_split(np.arange(len(corpus)), len(corpus) // 64 + 1)))
+        condition = text_condition(text_encoder, tokenizer, corpus)
+        unet = train_unet(making, image_unet, IMAGE_NOISE, latents_NCHW, condition, FitConfig(unet_steps, batch_size, lr=7e-4))
     pipeline = StableDiffusionPipeline(vae.half(), text_encoder.half(), tokenizer, unet.half(), DPMSolverMultistepScheduler(**IMAGE_NOISE),
                                        safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     publish(making, pipeline.save_pretrained)
