@@ -130,21 +130,21 @@ def main(
 ):
     "Train the small AudioLDM; the small CLAP must exist"
     making, corpus, source = Making('audioldm', device, root, onward), render_corpus('train', n_scenes), component_path('clap')
-    see = lambda rows: torch.from_numpy(corpus.mels_NTF[rows]).float()[:, None]
-    vae = (train_vae(making, sound_vae, len(corpus), see, FitConfig(vae_steps, batch_size // 2, lr=2e-3), 'unet' in parts)
+    see = lambda mels_BTF: torch.from_numpy(mels_BTF).float()[:, None]
+    vae = (train_vae(making, sound_vae, len(corpus), lambda rows: see(corpus.mels_NTF[rows]), FitConfig(vae_steps, batch_size // 2, lr=2e-3), 'unet' in parts)
            if 'vae' in parts else making.published(AutoencoderKL, 'vae'))
     vocoder = train_vocoder(making, corpus, vae, FitConfig(vocoder_steps, batch_size // 2, lr=2e-3)) if 'vocoder' in parts else making.published(SpeechT5HifiGan, 'vocoder')
-    clap = ClapModel.from_pretrained(source, dtype=torch.float32).to(making.device).eval()
-    features = ClapFeatures(ClapFeatureExtractor.from_pretrained(source)).to(making.device)
     text_encoder = ClapTextModelWithProjection.from_pretrained(source, dtype=torch.float32).to(making.device)
     tokenizer = RobertaTokenizer.from_pretrained(source)
-    with torch.no_grad(): empty_C = nn.functional.normalize(text_encoder(**tokenizer('', return_tensors='pt').to(making.device)).text_embeds[0], dim=-1)
     if 'unet' not in parts: unet = making.published(UNet2DConditionModel, 'unet')
     else:
+        clap = ClapModel.from_pretrained(source, dtype=torch.float32).to(making.device).eval()
+        features = ClapFeatures(ClapFeatureExtractor.from_pretrained(source)).to(making.device)
+        with torch.no_grad(): empty_C = nn.functional.normalize(text_encoder(**tokenizer('', return_tensors='pt').to(making.device)).text_embeds[0], dim=-1)
         clap_NC = clap_audio_embeddings(clap, features, corpus.waves_NT)
         mels_MTF, mixed_MC = mixtures(corpus.waves_NT, clap_NC, len(corpus) // 2)
         mels_NTF = np.concatenate([corpus.mels_NTF, mels_MTF])
-        latents_NCTF = encode_all(vae, (torch.from_numpy(x).float()[:, None] for x in np.array_split(mels_NTF, len(mels_NTF) // 64 + 1)))
+        latents_NCTF = encode_all(vae, map(see, np.array_split(mels_NTF, len(mels_NTF) // 64 + 1)))
         condition = sound_condition(torch.cat([clap_NC, mixed_MC]), empty_C)
         unet = train_unet(making, sound_unet, SOUND_NOISE, latents_NCTF, condition, FitConfig(unet_steps, batch_size, lr=7e-4))
     pipeline = AudioLDMPipeline(vae.half(), text_encoder.half(), tokenizer, unet.half(), DPMSolverMultistepScheduler(**SOUND_NOISE), vocoder.half())
