@@ -40,9 +40,9 @@ def spectral_loss(
     found_BT,   # vocoder output
     wanted_BT   # the waveform it should be
 ):
-    "Log-magnitude difference and relative error of spectrograms at two resolutions"
+    "Log-magnitude difference and relative error of spectrograms at three resolutions"
     total = 0.
-    for n_fft in (256, 1024):
+    for n_fft in (256, 1024, 2048):
         window = torch.hann_window(n_fft, device=found_BT.device)
         spectrum = lambda x: torch.stft(x, n_fft, n_fft // 4, window=window, return_complex=True).abs()
         found, wanted = spectrum(found_BT), spectrum(wanted_BT)
