@@ -31,7 +31,7 @@ def image_vae()->AutoencoderKL:
 def vae_loss(
     vae:AutoencoderKL,
     x_BCHW,           # pictures in [-1, 1], or log-mels
-    tint_weight=2.,   # of the error of patches
+    tint_weight,      # of the error of patches
     kl_weight=1e-3    # per latent element
 ):
     "Absolute reconstruction error of pixels and of patches + KL divergence of the latents from a unit Gaussian"
@@ -81,13 +81,14 @@ def train_vae(
     n:int,           # scenes
     see,             # row numbers -> x_BCHW
     config:FitConfig,
-    anew:bool        # whether a denoiser will learn the latents afterwards; else a further round leaves the encoder as it is
+    anew:bool,       # whether a denoiser will learn the latents afterwards; else a further round leaves the encoder as it is
+    tint_weight:float # see `vae_loss`
 )->AutoencoderKL:
     "Train an autoencoder of pictures or of log-mels"
     torch.manual_seed(config.seed)
     vae = making.published(AutoencoderKL, 'vae') if making.onward else make_vae()
     if making.onward and not anew: [part.requires_grad_(False) for part in (vae.encoder, vae.quant_conv)]
-    def loss_fn(step): return vae_loss(vae, see(batch_indices(n, step, config)).to(making.device))
+    def loss_fn(step): return vae_loss(vae, see(batch_indices(n, step, config)).to(making.device), tint_weight)
     return making.fit('vae', vae, loss_fn, config)
 
 # %% ../../nbs/mini/10_stable_diffusion.ipynb #6d362203
@@ -144,7 +145,7 @@ def main(
     "Train the small Stable Diffusion; the small CLIP must exist"
     making, corpus = Making('stable-diffusion', device, root, onward), render_corpus('train', n_scenes)
     see = lambda rows: picture_tensor(corpus.images_NHWC[rows])
-    vae = train_vae(making, image_vae, len(corpus), see, FitConfig(vae_steps, batch_size, lr=vae_lr), 'unet' in parts) if 'vae' in parts else making.published(AutoencoderKL, 'vae')
+    vae = train_vae(making, image_vae, len(corpus), see, FitConfig(vae_steps, batch_size, lr=vae_lr), 'unet' in parts, tint_weight=2.) if 'vae' in parts else making.published(AutoencoderKL, 'vae')
     text_encoder = CLIPTextModel.from_pretrained(component_path('clip'), dtype=torch.float32).to(making.device)
     tokenizer = CLIPTokenizer.from_pretrained(component_path('clip'))
     if 'unet' not in parts: unet = making.published(UNet2DConditionModel, 'unet')
