@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IMAGE_NOISE', 'image_vae', 'vae_loss', 'encode_all', 'image_unet', 'denoising_loss', 'train_vae', 'train_unet',
-           'drop_some', 'text_condition', 'more_white', 'main']
+           'drop_some', 'text_condition', 'main']
 
 # %% ../../nbs/mini/10_stable_diffusion.ipynb #096d46ef
 import numpy as np
@@ -18,7 +18,6 @@ from ..config import WEIGHTS, component_path
 from ..fitting import FitConfig, batch_indices
 from .clip import caption_ids, prefixed_ids
 from .corpus import render_corpus
-from .factors import COLOURS, FACTOR_VALUES
 from .judge import picture_tensor
 from .weights import Making, publish
 
@@ -121,14 +120,6 @@ def text_condition(text_encoder, tokenizer, corpus):
         with torch.no_grad(): return dict(encoder_hidden_states=text_encoder(ids_BL).last_hidden_state)
     return condition
 
-# %% ../../nbs/mini/10_stable_diffusion.ipynb #fd53bf0a
-def more_white(
-    labels_NF       # factors of a corpus, see `labels`
-)->np.ndarray:      # row numbers [M]
-    "All scenes, and the white ones once more"
-    white_N = np.asarray(labels_NF)[:, list(FACTOR_VALUES).index('colour')] == COLOURS.index('white')
-    return np.concatenate([np.arange(len(white_N)), np.flatnonzero(white_N)])
-
 # %% ../../nbs/mini/10_stable_diffusion.ipynb #aa3c1d38
 @call_parse
 def main(
@@ -151,8 +142,8 @@ def main(
     if 'unet' not in parts: unet = making.published(UNet2DConditionModel, 'unet')
     else:
         latents_NCHW = encode_all(vae, (see(rows) for rows in np.array_split(np.arange(len(corpus)), len(corpus) // 64 + 1)))
-        condition, rows_M = text_condition(text_encoder, tokenizer, corpus), more_white(corpus.labels_NF)
-        unet = train_unet(making, image_unet, IMAGE_NOISE, latents_NCHW[rows_M], lambda rows: condition(rows_M[rows]), FitConfig(unet_steps, batch_size, lr=7e-4))
+        condition = text_condition(text_encoder, tokenizer, corpus)
+        unet = train_unet(making, image_unet, IMAGE_NOISE, latents_NCHW, condition, FitConfig(unet_steps, batch_size, lr=7e-4))
     pipeline = StableDiffusionPipeline(vae.half(), text_encoder.half(), tokenizer, unet.half(), DPMSolverMultistepScheduler(**IMAGE_NOISE),
                                        safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     publish(making, pipeline.save_pretrained)
