@@ -120,7 +120,7 @@ def mixtures(
 def main(
     vae_steps:int=5000,     # training steps of the autoencoder
     vae_lr:float=2e-3,      # learning rate of the autoencoder
-    vocoder_steps:int=24000, # training steps of the vocoder
+    vocoder_steps:int=25500, # training steps of the vocoder
     unet_steps:int=21000,   # training steps of the denoiser
     batch_size:int=16,      # scenes a step
     n_scenes:int=16000,     # rendered scenes, seed 0
