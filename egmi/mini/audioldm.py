@@ -131,7 +131,7 @@ def main(
     "Train the small AudioLDM; the small CLAP must exist"
     making, corpus, source = Making('audioldm', device, root, onward), render_corpus('train', n_scenes), component_path('clap')
     see = lambda mels_BTF: torch.from_numpy(mels_BTF).float()[:, None]
-    vae = (train_vae(making, sound_vae, len(corpus), lambda rows: see(corpus.mels_NTF[rows]), FitConfig(vae_steps, batch_size // 2, lr=2e-3), 'unet' in parts)
+    vae = (train_vae(making, sound_vae, len(corpus), lambda rows: see(corpus.mels_NTF[rows]), FitConfig(vae_steps, batch_size // 2, lr=2e-3), 'unet' in parts, tint_weight=0.)
            if 'vae' in parts else making.published(AutoencoderKL, 'vae'))
     vocoder = train_vocoder(making, corpus, vae, FitConfig(vocoder_steps, batch_size // 2, lr=2e-3)) if 'vocoder' in parts else making.published(SpeechT5HifiGan, 'vocoder')
     text_encoder = ClapTextModelWithProjection.from_pretrained(source, dtype=torch.float32).to(making.device)

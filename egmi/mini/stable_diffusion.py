@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IMAGE_NOISE', 'image_vae', 'vae_loss', 'encode_all', 'image_unet', 'denoising_loss', 'train_vae', 'train_unet',
-           'drop_some', 'text_condition', 'main']
+           'drop_some', 'text_condition', 'more_white', 'main']
 
 # %% ../../nbs/mini/10_stable_diffusion.ipynb #096d46ef
 import numpy as np
@@ -18,6 +18,7 @@ from ..config import WEIGHTS, component_path
 from ..fitting import FitConfig, batch_indices
 from .clip import caption_ids, prefixed_ids
 from .corpus import render_corpus
+from .factors import COLOURS, FACTOR_VALUES
 from .judge import picture_tensor
 from .weights import Making, publish
 
@@ -30,7 +31,7 @@ def image_vae()->AutoencoderKL:
 def vae_loss(
     vae:AutoencoderKL,
     x_BCHW,           # pictures in [-1, 1], or log-mels
-    tint_weight=2.,   # of the error of patches
+    tint_weight,      # of the error of patches
     kl_weight=1e-3    # per latent element
 ):
     "Absolute reconstruction error of pixels and of patches + KL divergence of the latents from a unit Gaussian"
@@ -80,13 +81,14 @@ def train_vae(
     n:int,           # scenes
     see,             # row numbers -> x_BCHW
     config:FitConfig,
-    anew:bool        # whether a denoiser will learn the latents afterwards; else a further round leaves the encoder as it is
+    anew:bool,       # whether a denoiser will learn the latents afterwards; else a further round leaves the encoder as it is
+    tint_weight:float # see `vae_loss`
 )->AutoencoderKL:
     "Train an autoencoder of pictures or of log-mels"
     torch.manual_seed(config.seed)
     vae = making.published(AutoencoderKL, 'vae') if making.onward else make_vae()
     if making.onward and not anew: [part.requires_grad_(False) for part in (vae.encoder, vae.quant_conv)]
-    def loss_fn(step): return vae_loss(vae, see(batch_indices(n, step, config)).to(making.device))
+    def loss_fn(step): return vae_loss(vae, see(batch_indices(n, step, config)).to(making.device), tint_weight)
     return making.fit('vae', vae, loss_fn, config)
 
 # %% ../../nbs/mini/10_stable_diffusion.ipynb #6d362203
@@ -119,6 +121,14 @@ def text_condition(text_encoder, tokenizer, corpus):
         with torch.no_grad(): return dict(encoder_hidden_states=text_encoder(ids_BL).last_hidden_state)
     return condition
 
+# %% ../../nbs/mini/10_stable_diffusion.ipynb #fd53bf0a
+def more_white(
+    labels_NF       # factors of a corpus, see `labels`
+)->np.ndarray:      # row numbers [M]
+    "All scenes, and the white ones once more"
+    white_N = np.asarray(labels_NF)[:, list(FACTOR_VALUES).index('colour')] == COLOURS.index('white')
+    return np.concatenate([np.arange(len(white_N)), np.flatnonzero(white_N)])
+
 # %% ../../nbs/mini/10_stable_diffusion.ipynb #aa3c1d38
 @call_parse
 def main(
@@ -135,14 +145,14 @@ def main(
     "Train the small Stable Diffusion; the small CLIP must exist"
     making, corpus = Making('stable-diffusion', device, root, onward), render_corpus('train', n_scenes)
     see = lambda rows: picture_tensor(corpus.images_NHWC[rows])
-    vae = train_vae(making, image_vae, len(corpus), see, FitConfig(vae_steps, batch_size, lr=vae_lr), 'unet' in parts) if 'vae' in parts else making.published(AutoencoderKL, 'vae')
+    vae = train_vae(making, image_vae, len(corpus), see, FitConfig(vae_steps, batch_size, lr=vae_lr), 'unet' in parts, tint_weight=2.) if 'vae' in parts else making.published(AutoencoderKL, 'vae')
     text_encoder = CLIPTextModel.from_pretrained(component_path('clip'), dtype=torch.float32).to(making.device)
     tokenizer = CLIPTokenizer.from_pretrained(component_path('clip'))
     if 'unet' not in parts: unet = making.published(UNet2DConditionModel, 'unet')
     else:
         latents_NCHW = encode_all(vae, (see(rows) for rows in np.array_split(np.arange(len(corpus)), len(corpus) // 64 + 1)))
-        condition = text_condition(text_encoder, tokenizer, corpus)
-        unet = train_unet(making, image_unet, IMAGE_NOISE, latents_NCHW, condition, FitConfig(unet_steps, batch_size, lr=7e-4))
+        condition, rows_M = text_condition(text_encoder, tokenizer, corpus), more_white(corpus.labels_NF)
+        unet = train_unet(making, image_unet, IMAGE_NOISE, latents_NCHW[rows_M], lambda rows: condition(rows_M[rows]), FitConfig(unet_steps, batch_size, lr=7e-4))
     pipeline = StableDiffusionPipeline(vae.half(), text_encoder.half(), tokenizer, unet.half(), DPMSolverMultistepScheduler(**IMAGE_NOISE),
                                        safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     publish(making, pipeline.save_pretrained)
