@@ -119,6 +119,7 @@ def mixtures(
 @call_parse
 def main(
     vae_steps:int=4000,     # training steps of the autoencoder
+    vae_lr:float=2e-3,      # learning rate of the autoencoder
     vocoder_steps:int=18000, # training steps of the vocoder
     unet_steps:int=21000,   # training steps of the denoiser
     batch_size:int=16,      # scenes a step
@@ -131,7 +132,7 @@ def main(
     "Train the small AudioLDM; the small CLAP must exist"
     making, corpus, source = Making('audioldm', device, root, onward), render_corpus('train', n_scenes), component_path('clap')
     see = lambda mels_BTF: torch.from_numpy(mels_BTF).float()[:, None]
-    vae = (train_vae(making, sound_vae, len(corpus), lambda rows: see(corpus.mels_NTF[rows]), FitConfig(vae_steps, batch_size // 2, lr=2e-3), 'unet' in parts, tint_weight=0.)
+    vae = (train_vae(making, sound_vae, len(corpus), lambda rows: see(corpus.mels_NTF[rows]), FitConfig(vae_steps, batch_size // 2, lr=vae_lr), 'unet' in parts, tint_weight=0.)
            if 'vae' in parts else making.published(AutoencoderKL, 'vae'))
     vocoder = train_vocoder(making, corpus, vae, FitConfig(vocoder_steps, batch_size // 2, lr=2e-3)) if 'vocoder' in parts else making.published(SpeechT5HifiGan, 'vocoder')
     text_encoder = ClapTextModelWithProjection.from_pretrained(source, dtype=torch.float32).to(making.device)
