@@ -4,11 +4,9 @@
 
 # %% auto #0
 __all__ = ['IMAGE_NOISE', 'image_vae', 'vae_loss', 'encode_all', 'image_unet', 'denoising_loss', 'train_vae', 'train_unet',
-           'pairs', 'drop_some', 'text_condition', 'main']
+           'drop_some', 'text_condition', 'main']
 
 # %% ../../nbs/mini/10_stable_diffusion.ipynb #096d46ef
-from itertools import chain
-
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -18,7 +16,6 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..config import WEIGHTS, component_path
 from ..fitting import FitConfig, batch_indices
-from .clap import overlay
 from .clip import caption_ids, prefixed_ids
 from .corpus import render_corpus
 from .judge import picture_tensor
@@ -111,31 +108,16 @@ def train_unet(
         return denoising_loss(lambda x, t: unet(x, t, **given).sample, latents_NCHW[rows], schedule)
     return making.fit('unet', unet, loss_fn, config)
 
-def pairs(
-    n:int,     # scenes
-    seed:int=0
-)->tuple:      # row numbers [n / 2] of the one and of the other scene, level [n / 2] of the other, .3 to 1
-    "Which scenes to show at once: half as many as there are"
-    rng = np.random.default_rng(seed)
-    return *rng.integers(n, size=(2, n // 2)), 10**(-rng.random(n // 2, dtype=np.float32) / 2)
-
 def drop_some(rows, rate:float=.1): return torch.rand(len(rows)) < rate
 
 def text_condition(text_encoder, tokenizer, corpus):
-    "row numbers -> states of the captions, whole or brief, with or without the paper's prefix; one in ten is empty; rows beyond the corpus are its `pairs`"
+    "row numbers -> states of the captions, whole or brief, with or without the paper's prefix; one in ten is empty"
     ids_4NL = caption_ids(tokenizer, corpus, 'The image of ').to(text_encoder.device)
     empty_L = prefixed_ids(tokenizer, [''], '')[0, 0].to(text_encoder.device)
-    n, (one_M, other_M, level_M) = len(corpus), pairs(len(corpus))
-    one_N, other_N, level_N = np.r_[:n, one_M], np.r_[:n, other_M], torch.from_numpy(np.r_[np.zeros(n, np.float32), level_M])
-    @torch.no_grad()
     def condition(rows):
-        dropped_B = drop_some(rows)
-        def states(rows):
-            ids_BL = ids_4NL[torch.randint(4, (len(rows),)), rows]
-            ids_BL[dropped_B] = empty_L
-            return text_encoder(ids_BL).last_hidden_state
-        level_B11 = level_N[rows][:, None, None].to(text_encoder.device)
-        return dict(encoder_hidden_states=overlay(states(one_N[rows]), states(other_N[rows]), level_B11))
+        ids_BL = ids_4NL[torch.randint(4, (len(rows),)), rows]
+        ids_BL[drop_some(rows)] = empty_L
+        with torch.no_grad(): return dict(encoder_hidden_states=text_encoder(ids_BL).last_hidden_state)
     return condition
 
 # %% ../../nbs/mini/10_stable_diffusion.ipynb #aa3c1d38
@@ -159,10 +141,7 @@ def main(
     tokenizer = CLIPTokenizer.from_pretrained(component_path('clip'))
     if 'unet' not in parts: unet = making.published(UNet2DConditionModel, 'unet')
     else:
-        one_M, other_M, level_M = pairs(len(corpus))
-        chunks = lambda n: np.array_split(np.arange(n), n // 64 + 1)
-        both = (overlay(see(one_M[m]), see(other_M[m]), torch.from_numpy(level_M[m])[:, None, None, None]) for m in chunks(len(one_M)))
-        latents_NCHW = encode_all(vae, chain((see(rows) for rows in chunks(len(corpus))), both))
+        latents_NCHW = encode_all(vae, (see(rows) for rows in np.array_split(np.arange(len(corpus)), len(corpus) // 64 + 1)))
         condition = text_condition(text_encoder, tokenizer, corpus)
         unet = train_unet(making, image_unet, IMAGE_NOISE, latents_NCHW, condition, FitConfig(unet_steps, batch_size, lr=7e-4))
     pipeline = StableDiffusionPipeline(vae.half(), text_encoder.half(), tokenizer, unet.half(), DPMSolverMultistepScheduler(**IMAGE_NOISE),
