@@ -140,7 +140,7 @@ def elsewhere(
 # %% ../../nbs/mini/11_audioldm.ipynb #55dde92e
 @call_parse
 def main(
-    vae_steps:int=5000,     # training steps of the autoencoder
+    vae_steps:int=5300,     # training steps of the autoencoder
     vae_lr:float=2e-3,      # learning rate of the autoencoder
     vocoder_steps:int=25500, # training steps of the vocoder
     unet_steps:int=25000,   # training steps of the denoiser
