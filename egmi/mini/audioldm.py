@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SOUND_NOISE', 'sound_vae', 'vocoder_model', 'spectral_loss', 'through_vae', 'train_vocoder', 'sound_unet',
-           'clap_audio_embeddings', 'sound_condition', 'mixtures', 'main']
+           'clap_audio_embeddings', 'sound_condition', 'mixtures', 'elsewhere', 'main']
 
 # %% ../../nbs/mini/11_audioldm.ipynb #ed3b2c1d
 import numpy as np
@@ -19,6 +19,8 @@ from ..fitting import FitConfig, batch_indices
 from ..generators import log_mel
 from .clap import ClapFeatures
 from .corpus import log_mels, render_corpus
+from .factors import FACTOR_VALUES, PLACES
+from .sounds import normalise, surround
 from .stable_diffusion import drop_some, encode_all, train_unet, train_vae
 from .weights import Making, publish
 
@@ -96,9 +98,14 @@ def clap_audio_embeddings(
     return torch.cat([nn.functional.normalize(clap.get_audio_features(features(w)).pooler_output, dim=-1) for w in parts])
 
 # %% ../../nbs/mini/11_audioldm.ipynb #ac556d3b
-def sound_condition(clap_NC, empty_C):
-    "row numbers -> CLAP vectors of the sounds; one in ten is that of the empty caption"
-    return lambda rows: dict(encoder_hidden_states=None, class_labels=torch.where(drop_some(rows)[:, None].to(clap_NC.device), empty_C, clap_NC[rows]))
+def sound_condition(clap_NC, empty_C, blur:float=.8):
+    "row numbers -> CLAP vectors of the sounds, moved at random by up to `blur` times their length; one in ten is that of the empty caption"
+    def condition(rows):
+        clap_BC = clap_NC[rows].cpu()
+        noise_BC = nn.functional.normalize(torch.randn(clap_BC.shape), dim=-1) * blur * torch.rand(len(clap_BC), 1)
+        vectors_BC = torch.where(drop_some(rows)[:, None], empty_C.cpu(), nn.functional.normalize(clap_BC + noise_BC, dim=-1))
+        return dict(encoder_hidden_states=None, class_labels=vectors_BC.to(clap_NC.device))
+    return condition
 
 # %% ../../nbs/mini/11_audioldm.ipynb #a9bae05e
 def mixtures(
@@ -115,13 +122,28 @@ def mixtures(
     mixed_MT = [mix(waves_NT[i], waves_NT[j], level).astype(np.int16) for i, j, level in zip(one_M, other_M, level_M1)]
     return log_mels(mixed_MT), nn.functional.normalize(mix(clap_NC[one_M], clap_NC[other_M], torch.from_numpy(level_M1).to(clap_NC.device)), dim=-1)
 
+# %% ../../nbs/mini/11_audioldm.ipynb #71ff3f2d
+def elsewhere(
+    waves_NT,    # int16 sounds of a corpus
+    labels_NF,   # their factors as class indices
+    clap_NC,     # their CLAP vectors
+    n:int,       # how many
+    seed:int=1
+)->tuple:        # log-mels [n, T / 160, F], unit vectors [n, C]
+    "Sounds with another place around them as well, and their vectors moved accordingly"
+    rng, place_N = np.random.default_rng(seed), torch.tensor(labels_NF[:, list(FACTOR_VALUES).index('place')])
+    moves_PC = torch.stack([clap_NC[place_N == p].mean(0) for p in range(len(PLACES))]) - clap_NC.mean(0)
+    row_M, place_M = rng.integers(len(waves_NT), size=n), rng.integers(len(PLACES), size=n)
+    there_MT = [abs(waves_NT[i]).max() * normalise(surround(waves_NT[i].astype(float), PLACES[p], -27, -12, rng)) for i, p in zip(row_M, place_M)]
+    return log_mels([x_T.astype(np.int16) for x_T in there_MT]), nn.functional.normalize(clap_NC[row_M] + moves_PC[place_M], dim=-1)
+
 # %% ../../nbs/mini/11_audioldm.ipynb #55dde92e
 @call_parse
 def main(
     vae_steps:int=5300,     # training steps of the autoencoder
     vae_lr:float=2e-3,      # learning rate of the autoencoder
     vocoder_steps:int=25500, # training steps of the vocoder
-    unet_steps:int=21000,   # training steps of the denoiser
+    unet_steps:int=25000,   # training steps of the denoiser
     batch_size:int=16,      # scenes a step
     n_scenes:int=16000,     # rendered scenes, seed 0
     parts:str='vae vocoder unet', # what to train; the rest is taken from the published weights
@@ -143,10 +165,10 @@ def main(
         features = ClapFeatures(ClapFeatureExtractor.from_pretrained(source)).to(making.device)
         with torch.no_grad(): empty_C = nn.functional.normalize(text_encoder(**tokenizer('', return_tensors='pt').to(making.device)).text_embeds[0], dim=-1)
         clap_NC = clap_audio_embeddings(clap, features, corpus.waves_NT)
-        mels_MTF, mixed_MC = mixtures(corpus.waves_NT, clap_NC, len(corpus) // 2)
-        mels_NTF = np.concatenate([corpus.mels_NTF, mels_MTF])
+        more = mixtures(corpus.waves_NT, clap_NC, len(corpus) // 2), elsewhere(corpus.waves_NT, corpus.labels_NF, clap_NC, len(corpus))
+        mels_NTF = np.concatenate([corpus.mels_NTF, *(mels for mels, _ in more)])
         latents_NCTF = encode_all(vae, map(see, np.array_split(mels_NTF, len(mels_NTF) // 8 + 1)))
-        condition = sound_condition(torch.cat([clap_NC, mixed_MC]), empty_C)
+        condition = sound_condition(torch.cat([clap_NC, *(vectors for _, vectors in more)]), empty_C)
         unet = train_unet(making, sound_unet, SOUND_NOISE, latents_NCTF, condition, FitConfig(unet_steps, batch_size, lr=7e-4))
     pipeline = AudioLDMPipeline(vae.half(), text_encoder.half(), tokenizer, unet.half(), DPMSolverMultistepScheduler(**SOUND_NOISE), vocoder.half())
     publish(making, pipeline.save_pretrained)

@@ -6,7 +6,7 @@
 __all__ = ['SAMPLE_RATE', 'N_SAMPLES', 'EVENTS', 'CLIP_T', 'AMBIENCES', 'ECHO_T', 'player', 'plot_spectrograms', 'timeline',
            'curve', 'wander', 'phase', 'noise', 'ring', 'voice', 'string', 'normalise', 'bell', 'drum', 'clock',
            'guitar', 'whistle', 'train', 'siren', 'bird', 'bee', 'frog', 'dog', 'cat', 'room', 'meadow', 'beach',
-           'street', 'rain', 'lay_out', 'loudness', 'render_sound']
+           'street', 'rain', 'lay_out', 'loudness', 'surround', 'render_sound']
 
 # %% ../../nbs/mini/02_sounds.ipynb #81eedc69
 from io import BytesIO
@@ -305,6 +305,19 @@ def loudness(audio_T:np.ndarray)->float:
     power_T = audio_T**2
     return (np.square(power_T).mean() / power_T.mean())**.5
 
+# %% ../../nbs/mini/02_sounds.ipynb #328de226
+def surround(
+    clip_T:np.ndarray,       # a clip
+    place:str,               # where it is heard
+    low:float,               # level of the ambience under the clip, between `low`
+    high:float,              # and `high`, dB
+    rng:np.random.Generator  # stream for the ambience and its level
+)->np.ndarray:               # [T] at any scale
+    "Put a clip in a place: its ambience and, in a room, its echo"
+    if place == 'room': clip_T = clip_T + fftconvolve(clip_T, ECHO_T)[:N_SAMPLES]
+    ambience_T = AMBIENCES[place](rng)
+    return clip_T + 10**(rng.uniform(low, high) / 20) * loudness(clip_T) * ambience_T / ambience_T.std()
+
 # %% ../../nbs/mini/02_sounds.ipynb #bccbf34c
 def render_sound(
     factors:Factors,         # what to hear; colour is silent
@@ -314,7 +327,5 @@ def render_sound(
     octaves = rng.uniform(.35, .65) * (1 if factors.size == 'small' else -1)
     events = [EVENTS[factors.object](2**(octaves + rng.uniform(-.03, .03)), rng) for _ in range(factors.count)]
     clip_T = lay_out(events, rng)
-    if factors.place == 'room': clip_T += fftconvolve(clip_T, ECHO_T)[:N_SAMPLES]
-    ambience_T = AMBIENCES[factors.place](rng)
-    clip_T += 10**(rng.uniform(-30, -24) / 20) * loudness(clip_T) * ambience_T / ambience_T.std()
+    clip_T = surround(clip_T, factors.place, -30, -24, rng)
     return (rng.uniform(.5, .9) * normalise(clip_T)).astype(np.float32)

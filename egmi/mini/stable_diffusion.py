@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['IMAGE_NOISE', 'image_vae', 'vae_loss', 'encode_all', 'image_unet', 'denoising_loss', 'train_vae', 'train_unet',
-           'drop_some', 'text_condition', 'main']
+           'fades', 'fade', 'whitening', 'drop_some', 'text_condition', 'main']
 
 # %% ../../nbs/mini/10_stable_diffusion.ipynb #096d46ef
+from itertools import chain
+
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -18,6 +20,7 @@ from ..config import WEIGHTS, component_path
 from ..fitting import FitConfig, batch_indices
 from .clip import caption_ids, prefixed_ids
 from .corpus import render_corpus
+from .factors import COLOURS, FACTOR_VALUES
 from .judge import picture_tensor
 from .weights import Making, publish
 
@@ -108,16 +111,49 @@ def train_unet(
         return denoising_loss(lambda x, t: unet(x, t, **given).sample, latents_NCHW[rows], schedule)
     return making.fit('unet', unet, loss_fn, config)
 
+# %% ../../nbs/mini/10_stable_diffusion.ipynb #bf69a196
+def fades(
+    n:int,     # scenes
+    seed:int=0
+)->tuple:      # row numbers [n] of scenes, how far [n] their colours have faded, 0 to 1
+    "Which scenes to see faded, and how far"
+    rng = np.random.default_rng(seed)
+    return torch.from_numpy(rng.integers(n, size=n)), torch.from_numpy(rng.random(n, dtype=np.float32))
+
+def fade(
+    x_BCHW, # pictures in [-1, 1]
+    level_B # how far their colours fade
+):
+    "Less colour, as bright as before"
+    return torch.lerp(x_BCHW, x_BCHW.amax(1, keepdim=True).expand_as(x_BCHW), level_B[:, None, None, None])
+
+def whitening(
+    states_4NLD, # states of captions, in four forms
+    colour_N     # class index of the colour in each
+)->torch.Tensor: # [4, colours, L, D]
+    "What states gain on average when the colour turns white"
+    means_4CLD = torch.stack([states_4NLD[:, colour_N == c].mean(1) for c in range(len(COLOURS))], dim=1)
+    return means_4CLD[:, COLOURS.index('white')][:, None] - means_4CLD
+
+# %% ../../nbs/mini/10_stable_diffusion.ipynb #45af8cd3
 def drop_some(rows, rate:float=.1): return torch.rand(len(rows)) < rate
 
 def text_condition(text_encoder, tokenizer, corpus):
-    "row numbers -> states of the captions, whole or brief, with or without the paper's prefix; one in ten is empty"
+    "row numbers -> states of the captions, whole or brief, with or without the paper's prefix; one in ten is empty; rows beyond the corpus are its `fades`"
     ids_4NL = caption_ids(tokenizer, corpus, 'The image of ').to(text_encoder.device)
     empty_L = prefixed_ids(tokenizer, [''], '')[0, 0].to(text_encoder.device)
+    states = torch.no_grad()(lambda ids_BL: text_encoder(ids_BL).last_hidden_state)
+    colour_N = torch.from_numpy(corpus.labels_NF[:, list(FACTOR_VALUES).index('colour')].astype(int))
+    few = min(len(corpus), 3000)
+    whitening_4CLD = whitening(torch.stack([torch.cat([states(ids_BL) for ids_BL in ids_NL[:few].split(200)]) for ids_NL in ids_4NL]), colour_N[:few])
+    again_M, level_M = fades(len(corpus))
+    scene_N, level_N = torch.cat([torch.arange(len(corpus)), again_M]), torch.cat([torch.zeros(len(corpus)), level_M])
     def condition(rows):
-        ids_BL = ids_4NL[torch.randint(4, (len(rows),)), rows]
-        ids_BL[drop_some(rows)] = empty_L
-        with torch.no_grad(): return dict(encoder_hidden_states=text_encoder(ids_BL).last_hidden_state)
+        form_B, scene_B, dropped_B = torch.randint(4, (len(rows),)), scene_N[rows], drop_some(rows)
+        ids_BL = ids_4NL[form_B, scene_B]
+        ids_BL[dropped_B] = empty_L
+        level_B = (level_N[rows] * ~dropped_B).to(text_encoder.device)
+        return dict(encoder_hidden_states=states(ids_BL) + level_B[:, None, None] * whitening_4CLD[form_B, colour_N[scene_B]])
     return condition
 
 # %% ../../nbs/mini/10_stable_diffusion.ipynb #aa3c1d38
@@ -141,7 +177,9 @@ def main(
     tokenizer = CLIPTokenizer.from_pretrained(component_path('clip'))
     if 'unet' not in parts: unet = making.published(UNet2DConditionModel, 'unet')
     else:
-        latents_NCHW = encode_all(vae, (see(rows) for rows in np.array_split(np.arange(len(corpus)), len(corpus) // 64 + 1)))
+        again_M, level_M = fades(len(corpus))
+        batches = torch.arange(len(corpus)).split(64)
+        latents_NCHW = encode_all(vae, chain((see(rows) for rows in batches), (fade(see(again_M[rows]), level_M[rows]) for rows in batches)))
         condition = text_condition(text_encoder, tokenizer, corpus)
         unet = train_unet(making, image_unet, IMAGE_NOISE, latents_NCHW, condition, FitConfig(unet_steps, batch_size, lr=7e-4))
     pipeline = StableDiffusionPipeline(vae.half(), text_encoder.half(), tokenizer, unet.half(), DPMSolverMultistepScheduler(**IMAGE_NOISE),
