@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SOUND_NOISE', 'sound_vae', 'vocoder_model', 'spectral_loss', 'through_vae', 'train_vocoder', 'sound_unet',
-           'clap_audio_embeddings', 'sound_condition', 'mixtures', 'elsewhere', 'main']
+           'clap_audio_embeddings', 'sound_condition', 'elsewhere', 'main']
 
 # %% ../../nbs/mini/11_audioldm.ipynb #ed3b2c1d
 import numpy as np
@@ -107,21 +107,6 @@ def sound_condition(clap_NC, empty_C, blur:float=.8):
         return dict(encoder_hidden_states=None, class_labels=vectors_BC.to(clap_NC.device))
     return condition
 
-# %% ../../nbs/mini/11_audioldm.ipynb #a9bae05e
-def mixtures(
-    waves_NT,    # int16 sounds of a corpus
-    clap_NC,     # their CLAP vectors
-    n:int,       # how many
-    seed:int=0
-)->tuple:        # log-mels [n, T / 160, F], unit vectors [n, C]
-    "Pairs of sounds at once, the second one up to 10 dB quieter, with the same mixture of their vectors"
-    rng = np.random.default_rng(seed)
-    one_M, other_M = rng.integers(len(waves_NT), size=(2, n))
-    level_M1 = 10**(-rng.random((n, 1), dtype=np.float32) / 2)
-    mix = lambda one, other, level: (one + level * other) / (1 + level)
-    mixed_MT = [mix(waves_NT[i], waves_NT[j], level).astype(np.int16) for i, j, level in zip(one_M, other_M, level_M1)]
-    return log_mels(mixed_MT), nn.functional.normalize(mix(clap_NC[one_M], clap_NC[other_M], torch.from_numpy(level_M1).to(clap_NC.device)), dim=-1)
-
 # %% ../../nbs/mini/11_audioldm.ipynb #71ff3f2d
 def elsewhere(
     waves_NT,    # int16 sounds of a corpus
@@ -130,12 +115,12 @@ def elsewhere(
     n:int,       # how many
     seed:int=1
 )->tuple:        # log-mels [n, T / 160, F], unit vectors [n, C]
-    "Sounds with another place around them as well, and their vectors moved accordingly"
+    "Sounds with another place around them, and their vectors moved accordingly"
     rng, place_N = np.random.default_rng(seed), torch.tensor(labels_NF[:, list(FACTOR_VALUES).index('place')])
-    moves_PC = torch.stack([clap_NC[place_N == p].mean(0) for p in range(len(PLACES))]) - clap_NC.mean(0)
+    means_PC = torch.stack([clap_NC[place_N == p].mean(0) for p in range(len(PLACES))])
     row_M, place_M = rng.integers(len(waves_NT), size=n), rng.integers(len(PLACES), size=n)
-    there_MT = [abs(waves_NT[i]).max() * normalise(surround(waves_NT[i].astype(float), PLACES[p], -27, -12, rng)) for i, p in zip(row_M, place_M)]
-    return log_mels([x_T.astype(np.int16) for x_T in there_MT]), nn.functional.normalize(clap_NC[row_M] + moves_PC[place_M], dim=-1)
+    there_MT = [abs(waves_NT[i]).max() * normalise(surround(waves_NT[i].astype(float), PLACES[p], -27, -18, rng)) for i, p in zip(row_M, place_M)]
+    return log_mels([x_T.astype(np.int16) for x_T in there_MT]), nn.functional.normalize(clap_NC[row_M] + means_PC[place_M] - means_PC[place_N[row_M]], dim=-1)
 
 # %% ../../nbs/mini/11_audioldm.ipynb #55dde92e
 @call_parse
@@ -143,7 +128,8 @@ def main(
     vae_steps:int=5300,     # training steps of the autoencoder
     vae_lr:float=2e-3,      # learning rate of the autoencoder
     vocoder_steps:int=25500, # training steps of the vocoder
-    unet_steps:int=25000,   # training steps of the denoiser
+    unet_steps:int=33400,   # training steps of the denoiser
+    unet_lr:float=7e-4,     # learning rate of the denoiser
     batch_size:int=16,      # scenes a step
     n_scenes:int=16000,     # rendered scenes, seed 0
     parts:str='vae vocoder unet', # what to train; the rest is taken from the published weights
@@ -165,10 +151,10 @@ def main(
         features = ClapFeatures(ClapFeatureExtractor.from_pretrained(source)).to(making.device)
         with torch.no_grad(): empty_C = nn.functional.normalize(text_encoder(**tokenizer('', return_tensors='pt').to(making.device)).text_embeds[0], dim=-1)
         clap_NC = clap_audio_embeddings(clap, features, corpus.waves_NT)
-        more = mixtures(corpus.waves_NT, clap_NC, len(corpus) // 2), elsewhere(corpus.waves_NT, corpus.labels_NF, clap_NC, len(corpus))
-        mels_NTF = np.concatenate([corpus.mels_NTF, *(mels for mels, _ in more)])
+        there_NTF, moved_NC = elsewhere(corpus.waves_NT, corpus.labels_NF, clap_NC, len(corpus))
+        mels_NTF = np.concatenate([corpus.mels_NTF, there_NTF])
         latents_NCTF = encode_all(vae, map(see, np.array_split(mels_NTF, len(mels_NTF) // 8 + 1)))
-        condition = sound_condition(torch.cat([clap_NC, *(vectors for _, vectors in more)]), empty_C)
-        unet = train_unet(making, sound_unet, SOUND_NOISE, latents_NCTF, condition, FitConfig(unet_steps, batch_size, lr=7e-4))
+        condition = sound_condition(torch.cat([clap_NC, moved_NC]), empty_C)
+        unet = train_unet(making, sound_unet, SOUND_NOISE, latents_NCTF, condition, FitConfig(unet_steps, batch_size, lr=unet_lr))
     pipeline = AudioLDMPipeline(vae.half(), text_encoder.half(), tokenizer, unet.half(), DPMSolverMultistepScheduler(**SOUND_NOISE), vocoder.half())
     publish(making, pipeline.save_pretrained)

@@ -161,7 +161,8 @@ def text_condition(text_encoder, tokenizer, corpus):
 def main(
     vae_steps:int=7000,   # training steps of the autoencoder
     vae_lr:float=2e-3,    # learning rate of the autoencoder
-    unet_steps:int=26000, # training steps of the denoiser
+    unet_steps:int=28300, # training steps of the denoiser
+    unet_lr:float=7e-4,   # learning rate of the denoiser
     batch_size:int=16,    # scenes a step
     n_scenes:int=16000,   # rendered scenes, seed 0
     parts:str='vae unet', # what to train; the rest is taken from the published weights
@@ -181,7 +182,7 @@ def main(
         batches = torch.arange(len(corpus)).split(64)
         latents_NCHW = encode_all(vae, chain((see(rows) for rows in batches), (fade(see(again_M[rows]), level_M[rows]) for rows in batches)))
         condition = text_condition(text_encoder, tokenizer, corpus)
-        unet = train_unet(making, image_unet, IMAGE_NOISE, latents_NCHW, condition, FitConfig(unet_steps, batch_size, lr=7e-4))
+        unet = train_unet(making, image_unet, IMAGE_NOISE, latents_NCHW, condition, FitConfig(unet_steps, batch_size, lr=unet_lr))
     pipeline = StableDiffusionPipeline(vae.half(), text_encoder.half(), tokenizer, unet.half(), DPMSolverMultistepScheduler(**IMAGE_NOISE),
                                        safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     publish(making, pipeline.save_pretrained)
