@@ -128,7 +128,7 @@ def main(
     vae_steps:int=5300,     # training steps of the autoencoder
     vae_lr:float=2e-3,      # learning rate of the autoencoder
     vocoder_steps:int=25500, # training steps of the vocoder
-    unet_steps:int=33400,   # training steps of the denoiser
+    unet_steps:int=33500,   # training steps of the denoiser
     unet_lr:float=7e-4,     # learning rate of the denoiser
     batch_size:int=16,      # scenes a step
     n_scenes:int=16000,     # rendered scenes, seed 0

@@ -161,7 +161,7 @@ def text_condition(text_encoder, tokenizer, corpus):
 def main(
     vae_steps:int=7000,   # training steps of the autoencoder
     vae_lr:float=2e-3,    # learning rate of the autoencoder
-    unet_steps:int=28300, # training steps of the denoiser
+    unet_steps:int=28500, # training steps of the denoiser
     unet_lr:float=7e-4,   # learning rate of the denoiser
     batch_size:int=16,    # scenes a step
     n_scenes:int=16000,   # rendered scenes, seed 0
