@@ -135,10 +135,11 @@ def main(
     parts:str='vae vocoder unet', # what to train; the rest is taken from the published weights
     device:str='auto',      # cpu, cuda...
     onward:bool=False,      # start from the published weights, for another round
+    keep:float=0.,          # share of these in the average that is published
     root:str=WEIGHTS,       # folder of components to publish into
 ):
     "Train the small AudioLDM; the small CLAP must exist"
-    making, corpus, source = Making('audioldm', device, root, onward), render_corpus('train', n_scenes), component_path('clap')
+    making, corpus, source = Making('audioldm', device, root, onward, keep), render_corpus('train', n_scenes), component_path('clap')
     see = lambda mels_BTF: torch.from_numpy(mels_BTF).float()[:, None]
     vae = (train_vae(making, sound_vae, len(corpus), lambda rows: see(corpus.mels_NTF[rows]), FitConfig(vae_steps, batch_size // 2, lr=vae_lr), 'unet' in parts, tint_weight=0.)
            if 'vae' in parts else making.published(AutoencoderKL, 'vae'))

@@ -25,9 +25,11 @@ class Making:
         name:str,         # folder in the package's weights
         device:str='auto',# as `pick_device` takes it
         root:Path=WEIGHTS,# where the folder goes
-        onward:bool=False # each part starts from its published weights, for another round
+        onward:bool=False,# each part starts from its published weights, for another round
+        keep:float=0.     # share of these in the average that is published
     ):
-        self.name, self.device, self.root, self.onward = name, pick_device(device), Path(root), onward
+        if keep and not onward: raise ValueError(f'keep={keep} averages with published weights: it needs onward')
+        self.name, self.device, self.root, self.onward, self.keep = name, pick_device(device), Path(root), onward, keep
         self.checkpoints = cache_dir('training', name)
         self.losses, self.seconds, self.begun = {}, {}, set()
 
@@ -49,6 +51,7 @@ class Making:
         "Fit one part, in bfloat16 mixed precision where the processor has it; seconds of interrupted runs add up"
         round_name = f'{part}-{file_hash(self.file(part))[:8]}' if self.onward else part
         if self.onward and module not in self.begun: self.load(part, module)
+        start_weights = {k: v.detach().clone().to(self.device) for k, v in module.state_dict().items()} if self.keep else {}
         clock, start = self.checkpoints/f'{round_name}.seconds', time.perf_counter()
         before = float(clock.read_text()) if clock.exists() else 0.
         amp = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type != 'cpu' or torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -56,6 +59,7 @@ class Making:
         finally:
             self.seconds[part] = round(before + time.perf_counter() - start, 1)
             clock.write_text(str(self.seconds[part]))
+        if self.keep: module.load_state_dict({k: v.lerp(start_weights[k], self.keep) for k, v in module.state_dict().items()})
         return module.eval()
 
 # %% ../../nbs/mini/05_weights.ipynb #96a0a701
