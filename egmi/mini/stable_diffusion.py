@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['IMAGE_NOISE', 'image_vae', 'vae_loss', 'encode_all', 'image_unet', 'denoising_loss', 'train_vae', 'train_unet',
-           'drop_some', 'text_condition', 'main']
+           'fades', 'drop_some', 'text_condition', 'main']
 
 # %% ../../nbs/mini/10_stable_diffusion.ipynb #096d46ef
+from itertools import chain
+
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -18,6 +20,7 @@ from ..config import WEIGHTS, component_path
 from ..fitting import FitConfig, batch_indices
 from .clip import caption_ids, prefixed_ids
 from .corpus import render_corpus
+from .factors import COLOURS, FACTOR_VALUES
 from .judge import picture_tensor
 from .weights import Making, publish
 
@@ -108,16 +111,32 @@ def train_unet(
         return denoising_loss(lambda x, t: unet(x, t, **given).sample, latents_NCHW[rows], schedule)
     return making.fit('unet', unet, loss_fn, config)
 
+def fades(
+    n:int,     # scenes
+    seed:int=0
+)->tuple:      # row numbers [n] of scenes, how far [n] their colours have faded
+    "Which scenes to see faded, and how far"
+    rng = np.random.default_rng(seed)
+    return rng.integers(n, size=n), rng.random(n, dtype=np.float32)
+
 def drop_some(rows, rate:float=.1): return torch.rand(len(rows)) < rate
 
 def text_condition(text_encoder, tokenizer, corpus):
-    "row numbers -> states of the captions, whole or brief, with or without the paper's prefix; one in ten is empty"
+    "row numbers -> states of the captions, whole or brief, with or without the paper's prefix; one in ten is empty; rows beyond the corpus are its `fades`"
     ids_4NL = caption_ids(tokenizer, corpus, 'The image of ').to(text_encoder.device)
     empty_L = prefixed_ids(tokenizer, [''], '')[0, 0].to(text_encoder.device)
+    n, (row_M, level_M) = len(corpus), fades(len(corpus))
+    rows_N, own_N = np.r_[:n, row_M], torch.tensor(corpus.labels_NF[:, list(FACTOR_VALUES).index('colour')]).long()
+    level_N = torch.from_numpy(np.r_[np.zeros(n, np.float32), level_M])
+    states = torch.no_grad()(lambda ids_BL: text_encoder(ids_BL).last_hidden_state)
+    few = 3000
+    effects_4CLD = torch.stack([torch.stack([s[own_N[:few] == c].mean(0) for c in range(len(COLOURS))]) for s in (torch.cat([states(i) for i in f[:few].split(200)]) for f in ids_4NL)])
     def condition(rows):
-        ids_BL = ids_4NL[torch.randint(4, (len(rows),)), rows]
-        ids_BL[drop_some(rows)] = empty_L
-        with torch.no_grad(): return dict(encoder_hidden_states=text_encoder(ids_BL).last_hidden_state)
+        form_B, dropped_B, real_B = torch.randint(4, (len(rows),)), drop_some(rows), rows_N[rows]
+        ids_BL = ids_4NL[form_B, real_B]
+        ids_BL[dropped_B] = empty_L
+        level_B11 = (level_N[rows] * ~dropped_B)[:, None, None].to(text_encoder.device)
+        return dict(encoder_hidden_states=states(ids_BL) + level_B11 * (effects_4CLD[form_B, COLOURS.index('white')] - effects_4CLD[form_B, own_N[real_B]]))
     return condition
 
 # %% ../../nbs/mini/10_stable_diffusion.ipynb #aa3c1d38
@@ -141,9 +160,13 @@ def main(
     tokenizer = CLIPTokenizer.from_pretrained(component_path('clip'))
     if 'unet' not in parts: unet = making.published(UNet2DConditionModel, 'unet')
     else:
-        latents_NCHW = encode_all(vae, (see(rows) for rows in np.array_split(np.arange(len(corpus)), len(corpus) // 64 + 1)))
+        row_M, level_M = fades(len(corpus))
+        fade = lambda x_BCHW, level_B: x_BCHW + torch.from_numpy(level_B)[:, None, None, None] * (x_BCHW.amax(1, keepdim=True) - x_BCHW)
+        chunks = lambda n: np.array_split(np.arange(n), n // 64 + 1)
+        faded = (fade(see(row_M[m]), level_M[m]) for m in chunks(len(row_M)))
+        latents_NCHW = encode_all(vae, chain((see(rows) for rows in chunks(len(corpus))), faded))
         condition = text_condition(text_encoder, tokenizer, corpus)
-        unet = train_unet(making, image_unet, IMAGE_NOISE, latents_NCHW, condition, FitConfig(unet_steps, batch_size, lr=7e-4))
+        unet = train_unet(making, image_unet, IMAGE_NOISE, latents_NCHW, condition, FitConfig(unet_steps, batch_size, lr=3e-4))
     pipeline = StableDiffusionPipeline(vae.half(), text_encoder.half(), tokenizer, unet.half(), DPMSolverMultistepScheduler(**IMAGE_NOISE),
                                        safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     publish(making, pipeline.save_pretrained)
