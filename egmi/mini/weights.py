@@ -28,6 +28,7 @@ class Making:
         onward:bool=False,# each part starts from its published weights, for another round
         keep:float=0.     # share of these in the average that is published
     ):
+        if not 0 <= keep < 1: raise ValueError(f'keep={keep}: a share of the published weights is at least 0 and below 1')
         if keep and not onward: raise ValueError(f'keep={keep} averages with published weights: it needs onward')
         self.name, self.device, self.root, self.onward, self.keep = name, pick_device(device), Path(root), onward, keep
         self.checkpoints = cache_dir('training', name)
