@@ -135,7 +135,7 @@ def main(
     parts:str='vae vocoder unet', # what to train; the rest is taken from the published weights
     device:str='auto',      # cpu, cuda...
     onward:bool=False,      # start from the published weights, for another round
-    keep:float=0.,          # share of these in the average that is published
+    keep:float=0.,          # share of the weights before the round in the average that is published
     root:str=WEIGHTS,       # folder of components to publish into
 ):
     "Train the small AudioLDM; the small CLAP must exist"

@@ -26,7 +26,7 @@ class Making:
         device:str='auto',# as `pick_device` takes it
         root:Path=WEIGHTS,# where the folder goes
         onward:bool=False,# each part starts from its published weights, for another round
-        keep:float=0.     # share of these in the average that is published
+        keep:float=0.     # share of the weights before the round in the average that is published
     ):
         if not 0 <= keep < 1: raise ValueError(f'keep={keep}: a share of the published weights is at least 0 and below 1')
         if keep and not onward: raise ValueError(f'keep={keep} averages with published weights: it needs onward')
