@@ -26,9 +26,11 @@ from huggingface_hub import snapshot_download
 from scipy.special import log_softmax
 from tqdm import tqdm
 
+from .audio import SILENCE, SOUNDS, audio_info, read_audio, wav_bytes
 from .config import component_path, file_hash, get_preset, pick_device, replacing, write_json
-from .data import SILENCE, SOUNDS, audio_info, bad_file, read_audio, read_csv, tally, wav_bytes
+from .data import read_csv, tally
 from .evaluation import load_clap, work_folder
+from .files import bad_file
 from .listeners import EXAMPLE, RATE, Cnn14, VGGish, equal_lengths
 from .metrics import cosine_similarity, frechet_distance, inception_score, kernel_distance, mel_cepstral_distortion
 from .mini.judge import Judge, read, sound_tensor
