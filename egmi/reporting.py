@@ -270,9 +270,7 @@ def table1_figure(
 # %% ../nbs/12_reporting.ipynb #37cd66ff
 import textwrap
 
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.figure import Figure
 from scipy.signal import spectrogram
 
 # %% ../nbs/12_reporting.ipynb #569185e2
@@ -316,8 +314,6 @@ def sample_sheet(
     return fig
 
 # %% ../nbs/12_reporting.ipynb #a6ea4ec1
-import pandas as pd
-
 from .config import replacing
 
 # %% ../nbs/12_reporting.ipynb #43ab93c0
