@@ -70,6 +70,9 @@ def explain_mismatch(
     missing, spare = [i for i in wanted if i not in there], [i for i in there if i not in wanted]
     spelled = {plain_spelling(i): i for i in reversed(spare)}
     a, b = next(((i, spelled[plain_spelling(i)]) for i in missing if plain_spelling(i) in spelled), (None, None))
-    if a is not None: return f'{a!a} is missing but {b!a} is there: they differ by {" and ".join(spelling_differences(a, b))}'
+    if a is not None:
+        differences = spelling_differences(a, b)
+        show = ascii if 'the Unicode form' in differences else repr # which would look the same
+        return f'{show(a)} is missing but {show(b)} is there: they differ by {" and ".join(differences)}'
     said = [f'{i!r} is missing' for i in missing[:1]] + [f'{i!r} is there but not asked for' for i in spare[:1]]
     return ', and '.join(said)
