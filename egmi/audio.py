@@ -245,8 +245,9 @@ def check_audio(
     "Raise an error if a sound is missing, empty, cut off or something else"
     with opened_sound(file) as sound:
         if not sound.frames: raise bad_file('sound', file, 'has zero length')
-        sound.seek(sound.frames - 1)
-        sound.read(1)
+        if sound.seekable():
+            sound.seek(sound.frames - 1)
+            sound.read(1)
     if decode and is_silent(read_audio(file)[0]): raise bad_file('sound', file, 'is silent')
 
 # %% ../nbs/00d_audio.ipynb #698cf01e
