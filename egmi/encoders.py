@@ -15,7 +15,6 @@ from unittest import mock
 
 import numpy as np
 import open_clip
-import soxr
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -23,6 +22,7 @@ from PIL import Image
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, CLIPModel, ClapConfig, ClapFeatureExtractor, ClapModel
 from transformers import BartTokenizer, BertTokenizer, RobertaConfig, RobertaModel, RobertaTokenizer
 
+from .audio import as_wave, resample
 from .fitting import in_batches
 from .imagebind import load_strictly
 
@@ -123,7 +123,7 @@ class Clap:
         self.model, self.tokenizer, self.mels, self.int16 = model, tokenizer, mels, int16
 
     def embed_sounds(self,
-        waves,           # N float waveforms, mono
+        waves,           # N waveforms as `as_wave` takes them
         sample_rate:int  # of all of them, in Hz
     )->np.ndarray:       # [N, D]
         "Sounds as unit vectors"
@@ -138,12 +138,11 @@ class Clap:
         return text_vectors(self.model, self.tokenizer, texts)
 
     def prepare(self,
-        wave_T:np.ndarray, # float, mono
-        sample_rate:int    # in Hz
-    )->np.ndarray:         # at the model's rate, no longer than it hears
+        wave,            # as `as_wave` takes it
+        sample_rate:int  # in Hz
+    )->np.ndarray:       # float32 [T], at the model's rate, no longer than it hears
         "Resample, cut and round a sound"
-        if sample_rate != self.mels.sampling_rate: wave_T = soxr.resample(wave_T, sample_rate, self.mels.sampling_rate)
-        wave_T = wave_T[:self.mels.nb_max_samples]
+        wave_T = resample(as_wave(wave), sample_rate, self.mels.sampling_rate)[:self.mels.nb_max_samples]
         return rounded_to_int16(wave_T) if self.int16 else wave_T
 
 # %% ../nbs/12b_encoders.ipynb #a41211bf

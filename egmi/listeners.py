@@ -11,33 +11,30 @@ from functools import cache, partial
 from itertools import groupby, pairwise
 
 import numpy as np
-import soxr
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from fastcore.basics import patch
 
+from .audio import as_wave, resample
 from .encoders import read_checkpoint
 from .imagebind import load_strictly
-from .metrics import as_array
 
 # %% ../nbs/12c_listeners.ipynb #d0c18775
 RATE = 16_000 # Hz
 
 def at_16k(
-    waves,             # N mono sounds, floats between -1 and 1
+    waves,             # N sounds as `as_wave` takes them
     sample_rate:int,   # of all of them, in Hz
     centred:bool=False # take each one's mean away first
 )->list[np.ndarray]:   # N times float32 [T]
     "Check and resample sounds"
     if not len(waves): raise ValueError('there are no sounds to listen to')
     sounds = []
-    for i, wave_T in enumerate(waves):
-        if not np.issubdtype(np.asarray(wave_T).dtype, np.floating): raise ValueError(f'sound {i} holds no floats: scale its samples to -1 ... 1')
-        wave_T = as_array(wave_T, f'sound {i}')
-        if wave_T.ndim != 1: raise ValueError(f'sound {i} must be mono, of shape [samples], not {wave_T.shape}')
+    for i, wave in enumerate(waves):
+        wave_T = as_wave(wave, f'sound {i}')
         if centred: wave_T = wave_T - wave_T.mean()
-        sounds.append(soxr.resample(wave_T, sample_rate, RATE).astype(np.float32))
+        sounds.append(resample(wave_T, sample_rate, RATE))
     return sounds
 
 # %% ../nbs/12c_listeners.ipynb #86ab3d66
