@@ -10,6 +10,7 @@ import re
 import unicodedata
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 # %% ../nbs/00b_files.ipynb #884cb8a5
 ADVICE = 'replace it or leave it out'
@@ -27,12 +28,12 @@ def bad_file(
 
 @contextmanager
 def opened(
-    file,    # Path or Cell
+    file,    # str, Path or Cell
     kind:str # picture or sound
 ):
     "The open file; an error while it is open names it"
     try:
-        with file.open('rb') as f: yield f
+        with (Path(file) if isinstance(file, str) else file).open('rb') as f: yield f
     except BadFile: raise
     except FileNotFoundError as e: raise bad_file(kind, file, 'is missing') from e
     except Exception as e: raise bad_file(kind, file, 'cannot be read') from e
