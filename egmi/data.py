@@ -70,7 +70,7 @@ class FileExample:
     @property
     def sample_rate(self)->int|None: return audio_info(self.audio_file).samplerate if self.audio_file else None
 
-# %% ../nbs/07_data.ipynb #49339d0a
+# %% ../nbs/07_data.ipynb #aa829b4f
 # what a value looks like that was cast to text
 WRITTEN_OUT = re.compile(r'''nan|none|null|nat|<na>|\[\s*\]|[\[({]\s*['"].*[\])}]''', re.I | re.S)
 
@@ -138,7 +138,7 @@ def find_bad(
         if problem: bad[e.id] = problem
     return bad
 
-# %% ../nbs/07_data.ipynb #98087013
+# %% ../nbs/07_data.ipynb #a396e78b
 def paths_of(
     example:FileExample
 )->list:                # Path; a `Cell` has none
@@ -210,7 +210,7 @@ def checked_row(
     lacks = [c for c in needed if is_blank(row.get(c))]
     return f'{place} has no {", ".join(lacks)}' if lacks else row
 
-# %% ../nbs/07_data.ipynb #69dea538
+# %% ../nbs/07_data.ipynb #5858ff81
 KEY = re.compile(r'\S*\d\S*|.*\.\w{1,5}') # a number, or the name of a file
 
 def swallows_rows(
@@ -244,7 +244,7 @@ def csv_rows(
     needed:list # columns; the first is the key
 )->list:        # dict with texts, or what is wrong with a row
     "The rows of a CSV file"
-    lines = io.StringIO(read_text(path)).readlines()
+    lines = [line.rstrip() + '\n' for line in io.StringIO(read_text(path))]
     if not lines: raise ValueError(f'{path} is empty')
     columns = [c.strip() for c in next(csv.reader(lines, skipinitialspace=True))]
     require_columns(columns, needed, path)
@@ -276,8 +276,8 @@ def read_csv(
 )->pd.DataFrame:
     "A CSV file that has no broken rows"
     rows = csv_rows(path, needed)
-    broken = [row for row in rows if isinstance(row, str)]
-    if broken: raise ValueError(f'{broken[0]}: mend it or take it out')
+    problem = next((row for row in rows if isinstance(row, str)), None)
+    if problem: raise ValueError(f'{problem}: mend it or take it out')
     return pd.DataFrame(rows, columns=None if rows else needed)
 
 # %% ../nbs/07_data.ipynb #7cf4f2aa
@@ -312,8 +312,9 @@ def text_rows(
             except ValueError as e: rows.append(f'{picture.name}: {e}')
     lone, bare = len(texts.keys() - pictures.keys()), len(pictures.keys() - texts.keys())
     if lone or bare:
-        warnings.warn(f'{folder}: {lone:,} texts have no picture and {bare:,} pictures have no text '
-                      f'({explain_mismatch(texts, pictures)}): left out', stacklevel=4)
+        why = explain_mismatch(texts, pictures)
+        warnings.warn(f'{folder}: left out {lone:,} texts without a picture and '
+                      f'{bare:,} pictures without a text ({why})', stacklevel=4)
     return rows
 
 def read_rows(
@@ -419,7 +420,7 @@ def load_karpathy(
 )->list:             # FileExample, one for each caption
     "A part of Karpathy's split of COCO"
     path, splits, examples = Path(folder)/'dataset_coco.json', split.split('+'), []
-    images, = read_json(path, images=['filepath', 'filename', 'split', 'cocoid', 'sentences'])
+    images, = read_json(path, images=['filename', 'split', 'cocoid', 'sentences'])
     there = sorted({i['split'] for i in images if isinstance(i, dict)})
     unknown = sorted(set(splits) - set(there))
     if unknown:
@@ -436,7 +437,7 @@ def sentence_examples(
 )->list:         # FileExample
     "The captions of one picture"
     cocoid, examples = image['cocoid'], []
-    file = folder/str(image['filepath'])/str(image['filename'])
+    file = folder/str(image.get('filepath') or '')/str(image['filename'])
     for k, sentence in enumerate(image['sentences']):
         row = checked_row(sentence, ['sentid', 'raw'], f'sentence {k} of picture {cocoid} in {path}')
         if isinstance(row, str): examples.append(broken(row))

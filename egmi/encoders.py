@@ -60,7 +60,7 @@ class TransformersClip:
         images        # N that `as_rgb` takes
     )->np.ndarray:    # [N, D]
         "Pictures as unit vectors"
-        pixels = lambda x: self.pixels(images=[as_rgb(i) for i in x], return_tensors='pt').to(self.model.device)
+        pixels = lambda x: self.pixels(images=list(map(as_rgb, x)), return_tensors='pt').to(self.model.device)
         return unit_vectors(lambda x: self.model.get_image_features(**pixels(x)).pooler_output, images)
 
     def embed_texts(self,

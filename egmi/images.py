@@ -89,7 +89,9 @@ def as_rgb(
     return image.convert('RGB')
 
 # %% ../nbs/00c_images.ipynb #2cdac3e4
-IMAGES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff') # endings that are looked for
+# endings of the files that count as pictures; for heic, Pillow needs a plugin
+IMAGES = ('.png', '.jpg', '.jpeg', '.jfif', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.avif',
+          '.heic', '.heif')
 
 # %% ../nbs/00c_images.ipynb #2ea53ce5
 @contextmanager
