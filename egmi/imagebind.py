@@ -25,6 +25,9 @@ from torch import nn
 from torchaudio.compliance import kaldi
 from torchvision import transforms
 
+# %% ../nbs/04_imagebind.ipynb #e51073ad
+from .images import as_rgb
+
 # %% ../nbs/04_imagebind.ipynb #7476cacd
 TOWERS = ('vision', 'audio', 'text')
 
@@ -342,14 +345,14 @@ def from_official(cls:ImageBind,
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 def preprocess_images(
-    images:list,            # PIL images of any size and mode
+    images:list,            # pictures of any size that `as_rgb` takes
     config:ImageBindConfig  # gives `image_size`
 )->torch.Tensor:            # [B, 3, H, W]
     "Pictures as `encode_image` takes them"
     transform = transforms.Compose([
         transforms.Resize(config.image_size, transforms.InterpolationMode.BICUBIC),
         transforms.CenterCrop(config.image_size), transforms.ToTensor(), transforms.Normalize(CLIP_MEAN, CLIP_STD)])
-    return torch.stack([transform(image.convert('RGB')) for image in images])
+    return torch.stack([transform(as_rgb(image)) for image in images])
 
 # %% ../nbs/04_imagebind.ipynb #84e447fc
 def clip_starts(
