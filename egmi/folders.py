@@ -23,7 +23,6 @@ import torch
 import torchaudio
 from fastcore.script import call_parse
 from huggingface_hub import snapshot_download
-from scipy.special import log_softmax
 from tqdm import tqdm
 
 from .audio import SILENCE, SOUNDS, audio_info, read_audio, wav_bytes
@@ -31,8 +30,9 @@ from .config import component_path, file_hash, get_preset, pick_device, replacin
 from .data import read_csv, tally
 from .evaluation import load_clap, work_folder
 from .files import bad_file
-from .listeners import EXAMPLE, RATE, Cnn14, VGGish, equal_lengths
-from .metrics import cosine_similarity, frechet_distance, inception_score, kernel_distance, mel_cepstral_distortion
+from .listeners import RATE, Cnn14, VGGish, equal_lengths
+from .metrics import (KL_EPSILON, cosine_similarity, frechet_distance, inception_score, kernel_distance, kl_of_pairs,
+                          mel_cepstral_distortion)
 from .mini.judge import Judge, read, sound_tensor
 from .reporting import check_writable, provenance, timed, write_table
 from .sources import LISTENERS, SOURCES, require_sources
@@ -156,7 +156,7 @@ def hear_judge(judge, waves)->dict:
 NETWORKS = dict(
     judge=Network(lambda path, device: Judge.from_pretrained(path).float().to(device).eval(), hear_judge, 512),
     cnn14=Network(Cnn14.from_official, lambda cnn14, waves: whole(*cnn14.listen(waves, RATE)), 512),
-    vggish=Network(VGGish.from_official, lambda vggish, waves: dict(frames=vggish.embed(waves, RATE).reshape(len(waves), -1, 128)), EXAMPLE),
+    vggish=Network(VGGish.from_official, lambda vggish, waves: dict(frames=vggish.embed(waves, RATE).reshape(len(waves), -1, 128)), 512),
     clap=Network(load_clap, lambda clap, waves: dict(clap=clap.embed_sounds(waves, clap.mels.sampling_rate)[:, None]), 512, lambda clap: clap.mels.sampling_rate))
 
 # %% ../nbs/13b_folders.ipynb #ce8464e9
@@ -214,7 +214,8 @@ def embed_sounds(
         file = lambda s: folder/f'{s.sha256}.npz'
         todo = list({s.sha256: s for s in sounds if not file(s).exists()}.values())
         with tqdm(total=len(todo), desc=f'{name} listens', unit='sound', mininterval=2, disable=not (progress and todo)) as bar:
-            for batch in equal_lengths(todo, batch_size, lambda s: (s.sample_rate, s.frames)):
+            batches = equal_lengths(todo, batch_size, lambda s: (s.sample_rate, s.frames), lambda s: s.frames / s.sample_rate)
+            for batch in batches:
                 hear_batch(NETWORKS[name], load_network(name, path, device), [todo[i] for i in batch], resampler, folder)
                 bar.update(len(batch))
         kept = [dict(np.load(file(s))) for s in sounds]
@@ -251,8 +252,7 @@ def clip_table(
     heard:dict       # part -> what was heard in the generated sounds
 )->pd.DataFrame:
     "A row for each generated sound: guards, and KL(reference || generated)"
-    log_p_NC, log_q_NC = (log_softmax(parts['logits'].astype(float), axis=1) for parts in (reference, heard))
-    kl_N = (np.exp(log_p_NC) * (log_p_NC - log_q_NC)).sum(1)
+    kl_N = kl_of_pairs(reference['logits'], heard['logits'], KL_EPSILON)
     rows = [dict(id=s.id, kl=kl, seconds=s.frames / s.sample_rate, peak=s.peak, rms=s.rms, clipped=s.clipped) for s, kl in zip(generated, kl_N)]
     return pd.DataFrame(rows)
 
