@@ -13,6 +13,7 @@ __all__ = ['TOWERS', 'OTHER_TOWERS', 'CLIP_MEAN', 'CLIP_STD', 'TowerConfig', 'Im
 import json, math
 from collections import Counter, OrderedDict
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -359,9 +360,10 @@ def clip_starts(
     n_samples:int,          # length of the sound at `config.sample_rate`
     config:ImageBindConfig  # gives `n_clips` and `clip_seconds`
 )->list:                    # first sample of each clip
-    "Where the clips of a sound begin"
-    room = max(n_samples - round(config.clip_seconds * config.sample_rate), 0)
-    return [i * room // config.n_clips for i in range(config.n_clips)]
+    "Where the clips of a sound begin: the first at its beginning, the last `clip_seconds` before its end"
+    last_start = Fraction(max(n_samples / config.sample_rate - config.clip_seconds, 0))
+    step = last_start / max(config.n_clips - 1, 1)
+    return [int(i * step * config.sample_rate) for i in range(config.n_clips)]
 
 # %% ../nbs/04_imagebind.ipynb #785dac00
 def clip_spectrogram(

@@ -20,7 +20,7 @@ from egmi.data import ids_hash, toybox
 from egmi.evaluation import load_clap
 from egmi.folders import NETWORKS, load_network, main, read_pairs, score_sounds, write_sounds
 from egmi.listeners import Cnn14, VGGish
-from egmi.metrics import cosine_similarity, frechet_distance, inception_score, kernel_distance, kl_divergence
+from egmi.metrics import KL_EPSILON, cosine_similarity, frechet_distance, inception_score, kernel_distance, kl_divergence
 from egmi.mini.judge import Judge, read, sound_tensor
 from egmi.rehearsal import TINY, write_clap
 
@@ -216,7 +216,7 @@ def test_row_equals_direct_computation(folders):
     (x, x_logits), (y, y_logits) = read(judge, sound_tensor(AUDIO)), read(judge, sound_tensor(made))
     row, clips = score(folders, captions=captions)
     expected = dict(n=8, ids=ids_hash(SCENES), FD=frechet_distance(x, y), KAD=kernel_distance(x, y), IS=inception_score(y_logits['object'], splits=1)[0],
-                    KL=kl_divergence(x_logits['object'], y_logits['object']), CLAP=cosine_similarity(clap.embed_sounds(made, RATE), clap.embed_texts(list(captions.values()))).mean())
+                    KL=kl_divergence(x_logits['object'], y_logits['object'], KL_EPSILON), CLAP=cosine_similarity(clap.embed_sounds(made, RATE), clap.embed_texts(list(captions.values()))).mean())
     assert {name: row[name] for name in expected} == {name: value if isinstance(value, (int, str)) else pytest.approx(value, rel=1e-4) for name, value in expected.items()}
     assert list(clips.id) == IDS and clips.kl.mean() == pytest.approx(row['KL'])
     np.testing.assert_allclose(clips[['peak', 'rms']], np.stack([abs(made).max(1), np.sqrt((made**2).mean(1))], 1), rtol=1e-5)
@@ -262,6 +262,6 @@ def test_paper_networks_at_full_size(folders, heard, tmp_path):
     (x, x_logits), (y, y_logits) = cnn14.listen(AUDIO[:3], RATE), cnn14.listen(AUDIO[2::-1] / 2, RATE)
     assert x.shape == (3, 2048) and vggish.embed(AUDIO[:3], RATE).shape == (6, 128)
     expected = dict(FD=frechet_distance(x, y), FAD=frechet_distance(vggish.embed(AUDIO[:3], RATE), vggish.embed(AUDIO[2::-1] / 2, RATE)),
-                    KL=kl_divergence(x_logits, y_logits), KAD=kernel_distance(x, y))
+                    KL=kl_divergence(x_logits, y_logits, KL_EPSILON), KAD=kernel_distance(x, y))
     assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-3)
     assert score_sounds(preset, *some, {s.id: s.caption for s in SCENES}, device='cpu', progress=False)[0] == row and heard == dict(cnn14=6, vggish=6, clap=3)

@@ -21,8 +21,9 @@ from torchmetrics.image.fid import _compute_fid
 from torchmetrics.image.kid import maximum_mean_discrepancy, poly_mmd
 
 import egmi.metrics as metrics
-from egmi.metrics import (DECIBELS, cosine_similarity, frechet_distance, frechet_infinity, inception_score, kernel_distance, kl_divergence,
-                          mel_cepstra, mel_cepstral_distortion, precision_recall, warped_mean)
+from egmi.metrics import (DECIBELS, KL_EPSILON, cosine_similarity, frechet_distance, frechet_infinity, inception_score,
+                          kernel_distance, kl_divergence, kl_of_pairs, mel_cepstra, mel_cepstral_distortion,
+                          precision_recall, warped_mean)
 from egmi.statistics import holm, paired_bootstrap, permutation_test
 
 with contextlib.redirect_stdout(io.StringIO()): from dtw import dtw
@@ -102,6 +103,21 @@ def test_kl_divergence_equals_torch():
     close(kl_divergence(ref, gen), torch.distributions.kl_divergence(p, q).mean().item(), 1e-10)
 
 
+def test_kl_divergence_of_audioldm_eval():
+    """Written out from its source: epsilon joins the generated sound's probabilities alone, after the softmax.
+
+    Nothing is renormalised; classes are summed, pairs averaged."""
+    rng = np.random.default_rng(4)
+    for sure in (.5, 4., 40.):
+        ref, gen = sure * rng.normal(size=(2, 60, 527))
+        p, q = (np.exp(s - s.max(1, keepdims=True)) for s in (ref, gen))
+        p, q = p / p.sum(1, keepdims=True), q / q.sum(1, keepdims=True)
+        expected = np.array([sum(a * np.log(a / (b + 1e-6)) for a, b in zip(*pair) if a > 0) for pair in zip(p, q)])
+        close(kl_of_pairs(ref, gen, KL_EPSILON), expected, 1e-9)
+        close(kl_divergence(ref, gen, KL_EPSILON), expected.mean(), 1e-9)
+        assert kl_divergence(ref, gen, KL_EPSILON) < min(kl_divergence(ref, gen), -np.log(1e-6))
+
+
 def test_precision_recall_equals_torch_fidelity():
     rng = np.random.default_rng(5)
     x, y = like_a_network(rng, 120), like_a_network(rng, 90, shift=.2)
@@ -117,6 +133,7 @@ def test_warping_equals_dtw_python(shape):
     cost = cdist(*(np.cumsum(rng.normal(size=(n, 5)), axis=0) for n in shape))
     path = dtw(cost, step_pattern='symmetric1')
     close(warped_mean(cost), path.distance / len(path.index1), 1e-9)
+    assert warped_mean(iter(cost), shape, cost.max()) == warped_mean(cost)
 
 
 def test_warping_of_ties_is_the_shortest_way():
@@ -141,9 +158,25 @@ def test_cepstra_equal_torchaudio():
         power_TK = power_FT.T @ filters
         log_TK = .5 * power_TK.clamp(min=power_TK.max() * 1e-8).log()
         theirs = (log_TK @ create_dct(40, 40, 'ortho').double() * (2 / 40)**.5).numpy()
-        ours = mel_cepstra(wave, RATE, first=0, n_cepstra=40)
+        ours = mel_cepstra(wave, RATE, first=0, n_cepstra=40, highpass=0.)
         assert ours.shape == (frames, 40)
         assert abs(ours - theirs).max() < dtype * abs(theirs).max()
+
+
+def test_cepstra_are_those_of_a_sound_without_infrasound():
+    """The gain 1 / (1 + (20 Hz / f)^4) applied to the whole spectrum gives the same cepstra, away from the ends.
+
+    (The filter is digital, so its frequencies are bent: tan(pi f / rate) stands for f.)"""
+    rng = np.random.default_rng(11)
+    seconds = np.arange(4 * RATE) / RATE
+    wave = sound(rng, 4.) + .3 + .5 * np.sin(2 * np.pi * 3 * seconds) + .2 * np.sin(2 * np.pi * 15 * seconds)
+    frequencies_F = np.fft.rfftfreq(2 * len(wave), 1 / RATE)[1:]
+    gain_F = np.append(0, 1 / (1 + (np.tan(np.pi * 20 / RATE) / np.tan(np.pi * frequencies_F / RATE))**4))
+    heard = np.fft.irfft(np.fft.rfft(wave, 2 * len(wave)) * gain_F)[:len(wave)]
+    middle = slice(200, 300)
+    ours, theirs = mel_cepstra(wave, RATE)[middle], mel_cepstra(heard, RATE, highpass=0.)[middle]
+    assert abs(ours - theirs).max() < 1e-6 * abs(theirs).max()
+    assert abs(ours - mel_cepstra(wave, RATE, highpass=0.)[middle]).max() > .05 * abs(theirs).max()
 
 
 def test_unscaled_distortion_equals_mel_cepstral_distance(monkeypatch):
@@ -160,7 +193,8 @@ def test_unscaled_distortion_equals_mel_cepstral_distance(monkeypatch):
     cepstra = [theirs.get_MC_X_ik(theirs.get_X_kn(s, filters_KF), n_mels) for s in spectra]
     a, b, _ = alignment.align_MC_s_D(*cepstra, 0, n_cepstra, 'dtw', None)
     expected = theirs.get_average_MCD(theirs.get_MCD_k(a, b, 0, n_cepstra))
-    ours = lambda scale: mel_cepstral_distortion(*waves, RATE, n_mels=n_mels, n_cepstra=n_cepstra, dynamic_range=np.inf, scale=scale)
+    ours = lambda scale: mel_cepstral_distortion(*waves, RATE, n_mels=n_mels, n_cepstra=n_cepstra, dynamic_range=np.inf,
+                                                  highpass=0., scale=scale)
     close(ours(1.) * n_mels / np.log(10), expected)
     close(ours(n_mels / np.log(10)), expected)
     close(ours(DECIBELS), 10 * 2**.5 / n_mels * expected)
