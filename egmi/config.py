@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'PRESETS', 'cache_dir', 'discard', 'clear_leftovers', 'usual_mode', 'replacing', 'write_json', 'read_kept',
-           'read_or_make', 'read_arrays', 'read_rows', 'Preset', 'get_preset', 'file_hash', 'check_files',
-           'component_path', 'pick_device']
+           'read_or_make', 'read_arrays', 'read_rows', 'require_positive', 'require_number', 'Preset', 'get_preset',
+           'file_hash', 'check_files', 'component_path', 'pick_device']
 
 # %% ../nbs/00_config.ipynb #f880a031
 import hashlib, json, os
@@ -121,6 +121,27 @@ def read_rows(path:Path)->np.ndarray:
     size, expected = path.stat().st_size, rows.offset + rows.nbytes
     if size != expected: raise ValueError(f'{size:,} bytes, not {expected:,}')
     return rows
+
+# %% ../nbs/00_config.ipynb #9b5d66e1
+import math
+from numbers import Integral, Real
+
+# %% ../nbs/00_config.ipynb #6c2a0305
+def require_positive(**numbers):
+    "ValueError unless each of the numbers is a whole number of 1 or more"
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+            raise ValueError(f'{name} must be a whole number of 1 or more, not {value!r}')
+
+def require_number(
+    above:float=-math.inf, # what each of them must exceed
+    **numbers
+):
+    "ValueError unless each of the numbers is finite"
+    limit = '' if above == -math.inf else f' above {above:g}'
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value <= above:
+            raise ValueError(f'{name} must be a finite number{limit}, not {value!r}')
 
 # %% ../nbs/00_config.ipynb #0770dacd
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'LIBRARIES', 'CEILING', 'FLOOR', 'PANELS', 'PUBLISHED_PANELS', 'SOURCE', 'SOURCE_TRIP', 'TARGET_TRIP',
-           'EDIT_ANCHORS', 'EDIT_PANELS', 'HALVES', 'ANCHORS', 'TABLE1_PANELS', 'check_writable', 'require_positive',
-           'check_parameters', 'write_table', 'timed', 'code_version', 'hardware', 'provenance', 'table3_figure',
-           'table2_figure', 'table1_figure', 'sample_sheet']
+           'EDIT_ANCHORS', 'EDIT_PANELS', 'HALVES', 'ANCHORS', 'TABLE1_PANELS', 'check_writable', 'check_parameters',
+           'write_table', 'timed', 'code_version', 'hardware', 'provenance', 'table3_figure', 'table2_figure',
+           'table1_figure', 'sample_sheet']
 
 # %% ../nbs/12_reporting.ipynb #104ec8a0
 import difflib, os, platform, shutil, subprocess, tempfile, textwrap, time
@@ -71,13 +71,6 @@ def check_writable(
     except OSError as e:
         raise type(e)(f'cannot write to out_dir {str(out_dir)!r} ({e.strerror}): choose another folder with {option}') from None
     return Path(out_dir)
-
-# %% ../nbs/12_reporting.ipynb #43a22f27
-def require_positive(**numbers):
-    "ValueError unless each of the numbers is a whole number of 1 or more"
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f'{name} must be a whole number of 1 or more, not {value!r}')
 
 # %% ../nbs/12_reporting.ipynb #bfc2c606
 def check_parameters(
