@@ -88,9 +88,9 @@ def save_checkpoint(path:Path, module:nn.Module, optimizer, config:FitConfig, lo
 
 def read_checkpoint(path:Path)->bytes:
     "What `torch.save` wrote into a checkpoint, if its sha256 is right"
-    data = path.read_bytes()
-    if sha256(data[32:]).digest() != data[:32]: raise ValueError('wrong sha256')
-    return data[32:]
+    with open(path, 'rb') as f: digest, state = f.read(32), f.read()
+    if sha256(state).digest() != digest: raise ValueError('wrong sha256')
+    return state
 
 def shapes(state:dict)->dict: return {name: tuple(t.shape) for name, t in state.items()}
 

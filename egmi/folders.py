@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RESAMPLERS', 'NETWORKS', 'SET_SCORES', 'write_sounds', 'find_sounds', 'require_all', 'check_names', 'Sound',
            'read_sound', 'read_pairs', 'Network', 'whole', 'hear_judge', 'weights_path', 'files_hash', 'load_network',
-           'hear_batch', 'embed_sounds', 'set_scores', 'distortion', 'clip_table', 'guards', 'score_sounds',
-           'read_captions', 'main']
+           'hear_batch', 'heard_before', 'embed_sounds', 'set_scores', 'distortion', 'clip_table', 'guards',
+           'score_sounds', 'read_captions', 'main']
 
 # %% ../nbs/13b_folders.ipynb #c9d6d7c0
 import hashlib, io
@@ -27,7 +27,7 @@ from scipy.special import log_softmax
 from tqdm import tqdm
 
 from .audio import SILENCE, SOUNDS, audio_info, read_audio, wav_bytes
-from .config import component_path, file_hash, get_preset, pick_device, replacing, write_json
+from .config import component_path, file_hash, get_preset, pick_device, read_arrays, read_kept, replacing, write_json
 from .data import read_csv, tally
 from .evaluation import load_clap, work_folder
 from .files import bad_file
@@ -198,6 +198,13 @@ def hear_batch(
         with replacing(folder/f'{sound.sha256}.npz') as beside, open(beside, 'wb') as f: np.savez(f, **parts)
 
 # %% ../nbs/13b_folders.ipynb #356028b9
+def heard_before(
+    folder:Path, # of what was heard
+    sound:Sound
+)->dict|None:    # part -> [E, D]; None if there is nothing, or something damaged
+    "What a network heard in a sound, as `hear_batch` kept it"
+    return read_kept(folder/f'{sound.sha256}.npz', lambda path: dict(read_arrays(path)))
+
 def embed_sounds(
     sounds:list,             # N of `Sound`
     listeners:dict,          # name in `NETWORKS` -> weights
@@ -211,14 +218,14 @@ def embed_sounds(
     for name, source in listeners.items():
         path = weights_path(source)
         folder = work_folder('sounds', dict(network=name, weights=files_hash(path), resampler=resampler))
-        file = lambda s: folder/f'{s.sha256}.npz'
-        todo = list({s.sha256: s for s in sounds if not file(s).exists()}.values())
+        kept = {s.sha256: heard_before(folder, s) for s in sounds}
+        todo = list({s.sha256: s for s in sounds if kept[s.sha256] is None}.values())
         with tqdm(total=len(todo), desc=f'{name} listens', unit='sound', mininterval=2, disable=not (progress and todo)) as bar:
             for batch in equal_lengths(todo, batch_size, lambda s: (s.sample_rate, s.frames)):
                 hear_batch(NETWORKS[name], load_network(name, path, device), [todo[i] for i in batch], resampler, folder)
                 bar.update(len(batch))
-        kept = [dict(np.load(file(s))) for s in sounds]
-        heard |= {part: np.concatenate([k[part] for k in kept]) for part in kept[0]}
+        kept |= {s.sha256: heard_before(folder, s) for s in todo}
+        heard |= {part: np.concatenate([kept[s.sha256][part] for s in sounds]) for part in kept[sounds[0].sha256]}
     return heard
 
 # %% ../nbs/13b_folders.ipynb #682a8ddd
