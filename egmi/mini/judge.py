@@ -12,7 +12,6 @@ from fastcore.script import call_parse
 from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 
-from ..config import WEIGHTS
 from ..fitting import FitConfig, batch_indices
 from ..generators import log_mel
 from .corpus import render_corpus
@@ -110,7 +109,7 @@ def main(
     lr:float=2e-3,       # learning rate
     device:str='auto',   # cpu, cuda...
     onward:bool=False,   # start from the published weights, for another round
-    root:str=WEIGHTS,    # folder of components to publish into
+    root:str='weights',  # folder to publish into; what it lacks is read from the package
 ):
     "Train the picture judge and the sound judge"
     making, corpora = Making('judge', device, root, onward), [render_corpus(split, n_scenes, seed=1) for split in ('train', 'compositions')]
