@@ -25,6 +25,9 @@ from torch import nn
 from torchaudio.compliance import kaldi
 from torchvision import transforms
 
+# %% ../nbs/04_imagebind.ipynb #cc5a527d
+from .config import replacing, write_json
+
 # %% ../nbs/04_imagebind.ipynb #7476cacd
 TOWERS = ('vision', 'audio', 'text')
 
@@ -301,10 +304,8 @@ def save_pretrained(self:ImageBind,
     "Write `config.json` and `model.safetensors`"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    beside = folder/'model.safetensors.part'
-    save_file(self.state_dict(), beside)
-    beside.rename(folder/'model.safetensors')
-    (folder/'config.json').write_text(json.dumps(asdict(self.config), indent=2))
+    with replacing(folder/'model.safetensors') as beside: save_file(self.state_dict(), beside)
+    write_json(folder/'config.json', asdict(self.config))
 
 # %% ../nbs/04_imagebind.ipynb #06fd40ba
 @patch(cls_method=True)
