@@ -17,6 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from fastcore.basics import patch
 
+from .config import require_positive
 from .encoders import read_checkpoint
 from .imagebind import load_strictly
 from .metrics import as_array
@@ -47,6 +48,7 @@ def equal_lengths(
     length=len
 )->list[list[int]]:  # indices, a list for each batch
     "Batches of equally long sounds"
+    require_positive(batch_size=batch_size)
     key = lambda i: length(waves[i])
     groups = [list(group) for _, group in groupby(sorted(range(len(waves)), key=key), key=key)]
     return [group[i:i + batch_size] for group in groups for i in range(0, len(group), batch_size)]
