@@ -45,8 +45,8 @@ report: install  ## gather the tables of runs/mini (or OUT) into one page, table
 	$(BIN)/papermill nbs/report.ipynb $(OUT)/tables.ipynb -p runs $(OUT) --no-progress-bar
 	$(BIN)/jupyter nbconvert --to html --no-input $(OUT)/tables.ipynb
 
-mini-models: install  ## train the small frozen models anew, one after another: hours on a CPU, and a killed run goes on (MODELS="clip clap" picks)
-	for model in $(MODELS); do $(BIN)/python -m egmi.mini.$$model $(ARGS) || exit 1; done
+mini-models: install  ## train the small frozen models of egmi/weights anew, one after another: hours on a CPU, and a killed run goes on (MODELS="clip clap" picks)
+	for model in $(MODELS); do $(BIN)/python -m egmi.mini.$$model --root egmi/weights $(ARGS) || exit 1; done
 
 mini-report: install  ## measure the small frozen models: model card in nbs/mini/report.ipynb, numbers in runs/mini/report (with ARGS, all in runs/mini/report)
 	@mkdir -p runs/mini/report

@@ -12,7 +12,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
+from safetensors.torch import save_model
 from torch import Tensor, nn
+
+from .config import replacing
 
 # %% ../nbs/02_mapper.ipynb #efd550a5
 @dataclass(frozen=True)
@@ -120,6 +123,9 @@ class Mapper(nn.Module, PyTorchModelHubMixin):
         self.config = config
         self.image_head = nn.Linear(config.d_model, config.d_clip)
         self.audio_head = AudioHead(config)
+
+    def _save_pretrained(self, save_directory):
+        with replacing(save_directory/'model.safetensors') as beside: save_model(self, str(beside))
 
     @classmethod
     def _from_pretrained(cls, *, strict:bool=True, **kwargs):

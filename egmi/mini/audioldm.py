@@ -14,7 +14,6 @@ from fastcore.script import call_parse
 from torch import nn
 from transformers import ClapFeatureExtractor, ClapModel, ClapTextModelWithProjection, RobertaTokenizer, SpeechT5HifiGan, SpeechT5HifiGanConfig
 
-from ..config import WEIGHTS, component_path
 from ..fitting import FitConfig, batch_indices
 from ..generators import log_mel
 from .clap import ClapFeatures
@@ -136,10 +135,11 @@ def main(
     device:str='auto',      # cpu, cuda...
     onward:bool=False,      # start from the published weights, for another round
     keep:float=0.,          # share of the weights before the round in the average that is published
-    root:str=WEIGHTS,       # folder of components to publish into
+    root:str='weights',     # folder to publish into; what it lacks is read from the package
 ):
     "Train the small AudioLDM; the small CLAP must exist"
-    making, corpus, source = Making('audioldm', device, root, onward, keep), render_corpus('train', n_scenes), component_path('clap')
+    making, corpus = Making('audioldm', device, root, onward, keep), render_corpus('train', n_scenes)
+    source = making.source('clap')
     see = lambda mels_BTF: torch.from_numpy(mels_BTF).float()[:, None]
     vae = (train_vae(making, sound_vae, len(corpus), lambda rows: see(corpus.mels_NTF[rows]), FitConfig(vae_steps, batch_size // 2, lr=vae_lr), 'unet' in parts, tint_weight=0.)
            if 'vae' in parts else making.published(AutoencoderKL, 'vae'))

@@ -12,7 +12,6 @@ from torchaudio.transforms import AmplitudeToDB, MelSpectrogram
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import ClapConfig, ClapFeatureExtractor, ClapModel, RobertaTokenizer
 
-from ..config import WEIGHTS
 from ..fitting import FitConfig
 from .clip import caption_ids, learn_merges, look_alike_batches, with_prefixes
 from .corpus import render_corpus
@@ -67,11 +66,11 @@ def main(
     lr:float=1e-3,       # learning rate
     device:str='auto',   # cpu, cuda...
     onward:bool=False,   # start from the published weights, for another round
-    root:str=WEIGHTS,    # folder of components to publish into
+    root:str='weights',  # folder to publish into; what it lacks is read from the package
 ):
     "Train the small CLAP"
     making, corpus, config = Making('clap', device, root, onward), render_corpus('train', n_scenes), FitConfig(steps, batch_size, lr=lr)
-    tokenizer = RobertaTokenizer.from_pretrained(making.root/making.name) if onward else roberta_tokenizer(with_prefixes(corpus.captions[:4000]))
+    tokenizer = RobertaTokenizer.from_pretrained(making.source(making.name)) if onward else roberta_tokenizer(with_prefixes(corpus.captions[:4000]))
     extractor = feature_extractor()
     ids_4NL, features = caption_ids(tokenizer, corpus, 'The sound of ').to(making.device), ClapFeatures(extractor).to(making.device)
     torch.manual_seed(config.seed)

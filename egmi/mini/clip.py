@@ -17,7 +17,6 @@ from fastcore.script import call_parse
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-from ..config import WEIGHTS
 from ..fitting import FitConfig, batch_indices
 from .corpus import brief_captions, render_corpus
 from .factors import FACTOR_VALUES, OBJECTS, WORDS, noun_phrase
@@ -107,12 +106,12 @@ def main(
     parts:str='contrastive vision', # what to train; without `contrastive` it is taken from the published weights
     device:str='auto',   # cpu, cuda...
     onward:bool=False,   # start from the published weights, for another round
-    root:str=WEIGHTS,    # folder of components to publish into
+    root:str='weights',  # folder to publish into; what it lacks is read from the package
 ):
     "Train the small CLIP"
     making, corpus, config = Making('clip', device, root, onward), render_corpus('train', n_scenes), FitConfig(steps, batch_size, lr=lr)
     anew, processor = 'contrastive' in parts and not onward, image_processor()
-    tokenizer = clip_tokenizer(with_prefixes(corpus.captions[:4000])) if anew else CLIPTokenizer.from_pretrained(making.root/making.name)
+    tokenizer = clip_tokenizer(with_prefixes(corpus.captions[:4000])) if anew else CLIPTokenizer.from_pretrained(making.source(making.name))
     ids_4NL = caption_ids(tokenizer, corpus, 'The image of ').to(making.device)
     lengths_N = (ids_4NL != tokenizer.pad_token_id).sum(2).amax(0) + 1
     mean, std = (torch.tensor(v, device=making.device).view(1, 3, 1, 1) for v in (processor.image_mean, processor.image_std))

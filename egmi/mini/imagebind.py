@@ -15,7 +15,6 @@ from PIL import Image
 from torch import nn
 from transformers import CLIPModel, CLIPTokenizer
 
-from ..config import WEIGHTS, component_path
 from ..fitting import FitConfig
 from ..imagebind import ImageBind, ImageBindConfig, preprocess_audio, preprocess_images
 from .clip import look_alike_batches, prefixed_ids
@@ -74,16 +73,17 @@ def main(
     lr:float=3e-4,       # learning rate
     device:str='auto',   # cpu, cuda...
     onward:bool=False,   # start from the published weights, for another round
-    root:str=WEIGHTS,    # folder of components to publish into
+    root:str='weights',  # folder to publish into; what it lacks is read from the package
 ):
     "Train the small ImageBind; it begins with the towers of the small CLIP and shares its tokenizer"
     making, corpus, config = Making('imagebind', device, root, onward), render_corpus('train', n_scenes), FitConfig(steps, batch_size, lr=lr)
-    tokenizer = CLIPTokenizer.from_pretrained(component_path('clip'))
+    clip = making.source('clip')
+    tokenizer = CLIPTokenizer.from_pretrained(clip)
     sizes = replace(ImageBindConfig.mini(), vocab=len(tokenizer), eos_id=tokenizer.eos_token_id)
     ids_NL = prefixed_ids(tokenizer, corpus.captions, '')[0].to(making.device)
     torch.manual_seed(config.seed)
     model = ImageBind(sizes)
-    model.load_state_dict(model.state_dict() | clip_towers(CLIPModel.from_pretrained(component_path('clip'), dtype=torch.float32), sizes.embed_dim))
+    model.load_state_dict(model.state_dict() | clip_towers(CLIPModel.from_pretrained(clip, dtype=torch.float32), sizes.embed_dim))
     rows_of = look_alike_batches(corpus.labels_NF, ('object',), config)
     def loss_fn(step):
         rows = rows_of(step)

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from fastcore.script import call_parse
 from huggingface_hub import PyTorchModelHubMixin
+from safetensors.torch import save_model
 from torch import nn
 
-from ..config import WEIGHTS
+from ..config import replacing
 from ..fitting import FitConfig, batch_indices
 from ..generators import log_mel
 from .corpus import render_corpus
@@ -34,6 +35,9 @@ class Judge(nn.Module, PyTorchModelHubMixin):
         stages = [(in_channels, widths[0]), *zip(widths, widths[1:])]
         self.body = nn.Sequential(nn.BatchNorm2d(in_channels), *[m for i, o in stages for m in (block(i, o, 2), block(o, o, 1))])
         self.heads = nn.ModuleDict({f: nn.Linear(2 * widths[-1], len(FACTOR_VALUES[f])) for f in factors})
+
+    def _save_pretrained(self, save_directory):
+        with replacing(save_directory/'model.safetensors') as beside: save_model(self, str(beside))
 
     def features(self, x_BCHW): # -> f_BD, one vector a picture or sound
         h_BDHW = self.body(x_BCHW)
@@ -110,7 +114,7 @@ def main(
     lr:float=2e-3,       # learning rate
     device:str='auto',   # cpu, cuda...
     onward:bool=False,   # start from the published weights, for another round
-    root:str=WEIGHTS,    # folder of components to publish into
+    root:str='weights',  # folder to publish into; what it lacks is read from the package
 ):
     "Train the picture judge and the sound judge"
     making, corpora = Making('judge', device, root, onward), [render_corpus(split, n_scenes, seed=1) for split in ('train', 'compositions')]

@@ -13,7 +13,6 @@ from PIL import Image
 from torch import nn
 from torch.nn.utils.parametrize import register_parametrization
 
-from ..config import WEIGHTS
 from ..fitting import FitConfig, batch_indices
 from .corpus import render_corpus
 from .factors import OBJECTS
@@ -85,12 +84,12 @@ def main(
     lr:float=2e-3,       # learning rate
     device:str='auto',   # cpu, cuda...
     onward:bool=False,   # start from the published weights, for another round
-    root:str=WEIGHTS,    # folder of components to publish into
+    root:str='weights',  # folder to publish into; what it lacks is read from the package
 ):
     "Train the projection from ImageBind into SmolLM2, and its low-rank change; the small ImageBind must exist"
     making, corpus, config = Making('projection', device, root, onward), render_corpus('train', n_scenes), FitConfig(steps, batch_size, lr=lr)
     torch.manual_seed(config.seed)
-    panda = PandaGPT.from_pretrained(projection=None, device=making.device)
+    panda = PandaGPT.from_pretrained(imagebind=str(making.source('imagebind').absolute()), projection=None, device=making.device)
     see = lambda rows: panda.image_features([Image.fromarray(corpus.images_NHWC[i]) for i in rows])
     learnt = add_low_rank(panda)
     if onward: load_delta(learnt, making.file('captions'))

@@ -16,7 +16,6 @@ from fastcore.script import call_parse
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from ..config import WEIGHTS, component_path
 from ..fitting import FitConfig, batch_indices
 from .clip import caption_ids, prefixed_ids
 from .corpus import render_corpus
@@ -168,14 +167,14 @@ def main(
     parts:str='vae unet', # what to train; the rest is taken from the published weights
     device:str='auto',    # cpu, cuda...
     onward:bool=False,    # start from the published weights, for another round
-    root:str=WEIGHTS,     # folder of components to publish into
+    root:str='weights',   # folder to publish into; what it lacks is read from the package
 ):
     "Train the small Stable Diffusion; the small CLIP must exist"
     making, corpus = Making('stable-diffusion', device, root, onward), render_corpus('train', n_scenes)
     see = lambda rows: picture_tensor(corpus.images_NHWC[rows])
     vae = train_vae(making, image_vae, len(corpus), see, FitConfig(vae_steps, batch_size, lr=vae_lr), 'unet' in parts, tint_weight=2.) if 'vae' in parts else making.published(AutoencoderKL, 'vae')
-    text_encoder = CLIPTextModel.from_pretrained(component_path('clip'), dtype=torch.float32).to(making.device)
-    tokenizer = CLIPTokenizer.from_pretrained(component_path('clip'))
+    text_encoder = CLIPTextModel.from_pretrained(making.source('clip'), dtype=torch.float32).to(making.device)
+    tokenizer = CLIPTokenizer.from_pretrained(making.source('clip'))
     if 'unet' not in parts: unet = making.published(UNet2DConditionModel, 'unet')
     else:
         again_M, level_M = fades(len(corpus))
