@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SAMPLE_RATE', 'N_FFT', 'HOP', 'N_MELS', 'ORIGINAL_HEADS', 'remaining_timesteps', 'noised', 'denoise', 'guided',
            'generators_for', 'check_source', 'LatentDiffusion', 'StableDiffusion', 'mel_filters', 'log_mel',
-           'attention_heads', 'AudioLDM', 'span_mask', 'check_strength']
+           'attention_heads', 'AudioLDM', 'to_half_peak', 'span_mask', 'check_strength']
 
 # %% ../nbs/06_generators.ipynb #8ec8eae9
 import inspect
@@ -337,6 +337,17 @@ def generate(
     batches = self.sample(clap_BC, shape, generator, latents, steps, guidance_scale, batch_size, progress)
     return torch.cat([self.decode(batch)[:, :samples] for batch in batches]).numpy()
 
+# %% ../nbs/06_generators.ipynb #5e27b3c3
+def to_half_peak(
+    wave_BT:torch.Tensor # mono
+)->tuple: # wave_BT without their means, at a peak of .5; level_B1, by which they were divided
+    "Recordings as AudioLDM takes them"
+    wave_BT = wave_BT.double()
+    wave_BT = wave_BT - wave_BT.mean(1, keepdim=True)
+    peak_B1 = wave_BT.abs().amax(1, keepdim=True)
+    level_B1 = torch.where(peak_B1 > 1e-8, 2 * peak_B1, 1.)  # a 24th bit is 1e-7
+    return (wave_BT / level_B1).float(), level_B1.float()
+
 # %% ../nbs/06_generators.ipynb #36bd447b
 def span_mask(
     spans,      # B pairs (start, end) in seconds
@@ -361,7 +372,7 @@ def edit(
     self:AudioLDM,
     clap_BC,                 # CLAP text embeddings of what is wanted
     wave_BT,                 # sources: mono, 16 kHz, in [-1, 1]
-    strength:float=.5,       # 0 gives the sources as VAE and vocoder render them, 1 ignores them
+    strength:float=.5,       # 0 gives the sources as VAE and vocoder render them, 1 keeps their length and level
     spans=None,              # B pairs (start, end) in seconds outside of which nothing changes
     generator=None,          # list of B torch.Generator, see `generators_for`
     latents=None,            # [B, V, t, f] noise to put on the sources instead
@@ -370,15 +381,20 @@ def edit(
     normalize:bool=True,     # bring `clap_BC` to unit length first
     batch_size:int=16,       # sounds at once
     progress:bool=True       # show a bar
-)->np.ndarray:               # float32 [B, samples], as long as the sources
+)->np.ndarray:               # float32 [B, samples], as long and as loud as the sources
     "The sources, changed towards one condition each"
-    wave_BT = torch.as_tensor(wave_BT, dtype=torch.float32)
+    wave_BT = torch.as_tensor(wave_BT, dtype=torch.float32, device='cpu')
     check_strength(strength)
     require_positive(steps=steps, batch_size=batch_size)
-    if len(wave_BT) != len(clap_BC): raise ValueError(f'{len(wave_BT)} sounds for {len(clap_BC)} embeddings: give one each')
-    if spans is not None and len(spans) != len(clap_BC): raise ValueError(f'{len(spans)} spans for {len(clap_BC)} sounds: give one each')
-    source = torch.cat([self.encode_audio(w) for w in wave_BT.split(batch_size)])
+    if len(wave_BT) != len(clap_BC):
+        raise ValueError(f'{len(wave_BT)} sounds for {len(clap_BC)} embeddings: give one each')
+    if spans is not None and len(spans) != len(clap_BC):
+        raise ValueError(f'{len(spans)} spans for {len(clap_BC)} sounds: give one each')
+    half_BT, level_B1 = to_half_peak(wave_BT)
+    source = torch.cat([self.encode_audio(w) for w in half_BT.split(batch_size)])
     mask = None if spans is None else span_mask(spans, source.shape[2], SAMPLE_RATE / (HOP * self.factor))
     if normalize: clap_BC = F.normalize(clap_BC, dim=-1)
-    batches = self.sample(clap_BC, source.shape[1:], generator, latents, steps, guidance_scale, batch_size, progress, source, strength, mask)
-    return torch.cat([self.decode(batch)[:, :wave_BT.shape[1]] for batch in batches]).numpy()
+    batches = self.sample(clap_BC, source.shape[1:], generator, latents, steps, guidance_scale, batch_size,
+                          progress, source, strength, mask)
+    made_BT = torch.cat([self.decode(batch)[:, :wave_BT.shape[1]] for batch in batches])
+    return (made_BT * level_B1).numpy()

@@ -13,6 +13,7 @@ __all__ = ['TOWERS', 'OTHER_TOWERS', 'CLIP_MEAN', 'CLIP_STD', 'TowerConfig', 'Im
 import json, math
 from collections import Counter, OrderedDict
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,9 @@ from torchvision import transforms
 
 # %% ../nbs/04_imagebind.ipynb #cc5a527d
 from .config import replacing, write_json
+
+# %% ../nbs/04_imagebind.ipynb #e51073ad
+from .images import as_rgb
 
 # %% ../nbs/04_imagebind.ipynb #7476cacd
 TOWERS = ('vision', 'audio', 'text')
@@ -343,23 +347,24 @@ def from_official(cls:ImageBind,
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 def preprocess_images(
-    images:list,            # PIL images of any size and mode
+    images:list,            # pictures of any size that `as_rgb` takes
     config:ImageBindConfig  # gives `image_size`
 )->torch.Tensor:            # [B, 3, H, W]
     "Pictures as `encode_image` takes them"
     transform = transforms.Compose([
         transforms.Resize(config.image_size, transforms.InterpolationMode.BICUBIC),
         transforms.CenterCrop(config.image_size), transforms.ToTensor(), transforms.Normalize(CLIP_MEAN, CLIP_STD)])
-    return torch.stack([transform(image.convert('RGB')) for image in images])
+    return torch.stack([transform(as_rgb(image)) for image in images])
 
 # %% ../nbs/04_imagebind.ipynb #84e447fc
 def clip_starts(
     n_samples:int,          # length of the sound at `config.sample_rate`
     config:ImageBindConfig  # gives `n_clips` and `clip_seconds`
 )->list:                    # first sample of each clip
-    "Where the clips of a sound begin"
-    room = max(n_samples - round(config.clip_seconds * config.sample_rate), 0)
-    return [i * room // config.n_clips for i in range(config.n_clips)]
+    "Where the clips of a sound begin: the first at its beginning, the last `clip_seconds` before its end"
+    last_start = Fraction(max(n_samples / config.sample_rate - config.clip_seconds, 0))
+    step = last_start / max(config.n_clips - 1, 1)
+    return [int(i * step * config.sample_rate) for i in range(config.n_clips)]
 
 # %% ../nbs/04_imagebind.ipynb #785dac00
 def clip_spectrogram(

@@ -4,54 +4,58 @@
 
 # %% auto #0
 __all__ = ['RATE', 'full_precision', 'SHORTEST', 'EXAMPLE', 'at_16k', 'equal_lengths', 'filled', 'ConvBlock', 'Cnn14',
-           'vggish_mels', 'log_mel_examples', 'VGGish']
+           'at_least_two_seconds', 'vggish_mels', 'log_mel_examples', 'VGGish']
 
 # %% ../nbs/12c_listeners.ipynb #b3e16bcf
 from functools import cache, partial
 from itertools import groupby, pairwise
 
 import numpy as np
-import soxr
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from fastcore.basics import patch
 
+from .audio import as_wave, resample
 from .config import require_positive
 from .encoders import read_checkpoint
 from .imagebind import load_strictly
-from .metrics import as_array
 
 # %% ../nbs/12c_listeners.ipynb #d0c18775
 RATE = 16_000 # Hz
 
 def at_16k(
-    waves,             # N mono sounds, floats between -1 and 1
+    waves,             # N sounds as `as_wave` takes them
     sample_rate:int,   # of all of them, in Hz
     centred:bool=False # take each one's mean away first
 )->list[np.ndarray]:   # N times float32 [T]
     "Check and resample sounds"
     if not len(waves): raise ValueError('there are no sounds to listen to')
     sounds = []
-    for i, wave_T in enumerate(waves):
-        if not np.issubdtype(np.asarray(wave_T).dtype, np.floating): raise ValueError(f'sound {i} holds no floats: scale its samples to -1 ... 1')
-        wave_T = as_array(wave_T, f'sound {i}')
-        if wave_T.ndim != 1: raise ValueError(f'sound {i} must be mono, of shape [samples], not {wave_T.shape}')
+    for i, wave in enumerate(waves):
+        wave_T = as_wave(wave, f'sound {i}')
         if centred: wave_T = wave_T - wave_T.mean()
-        sounds.append(soxr.resample(wave_T, sample_rate, RATE).astype(np.float32))
+        sounds.append(resample(wave_T, sample_rate, RATE))
     return sounds
 
 # %% ../nbs/12c_listeners.ipynb #86ab3d66
 def equal_lengths(
     waves:list,      # N arrays, or anything else that `length` measures
-    batch_size:int,
-    length=len
+    batch_size:int,  # sounds of up to ten seconds in a batch
+    length=len,      # what must be equal in a batch
+    seconds=None     # how long one of `waves` lasts; without it long sounds count like others
 )->list[list[int]]:  # indices, a list for each batch
-    "Batches of equally long sounds"
+    "Batches of equally long sounds, fewer in a batch the longer they are"
     require_positive(batch_size=batch_size)
-    key = lambda i: length(waves[i])
-    groups = [list(group) for _, group in groupby(sorted(range(len(waves)), key=key), key=key)]
-    return [group[i:i + batch_size] for group in groups for i in range(0, len(group), batch_size)]
+    def key(i): return length(waves[i])
+    batches = []
+    for _, group in groupby(sorted(range(len(waves)), key=key), key=key):
+        group = list(group)
+        fitting = batch_size if seconds is None else int(10 * batch_size / seconds(waves[group[0]]))
+        size = min(batch_size, max(1, fitting))
+        batches += [group[i:i + size] for i in range(0, len(group), size)]
+    return batches
+
 
 # %% ../nbs/12c_listeners.ipynb #0197f5e2
 full_precision = partial(torch.backends.cudnn.flags, enabled=True, allow_tf32=False)
@@ -133,19 +137,30 @@ def forward(self:Cnn14,
 # %% ../nbs/12c_listeners.ipynb #d5a9df20
 SHORTEST = 2 * RATE # samples
 
+def at_least_two_seconds(
+    wave_T:np.ndarray # 16 kHz
+)->np.ndarray:
+    "A sound, filled up with silence if it is short"
+    missing = SHORTEST - len(wave_T)
+    return np.pad(wave_T, (0, missing)) if missing > 0 else wave_T
+
 @patch
 @torch.no_grad()
 def listen(self:Cnn14,
     waves,                        # N mono sounds, floats between -1 and 1
     sample_rate:int,              # of all of them, in Hz
-    batch_size:int=16
+    batch_size:int=16             # sounds of up to ten seconds at once, fewer of longer ones
 )->tuple[np.ndarray, np.ndarray]: # features [N, 2048], logits [N, 527]
     "What Cnn14 makes of sounds"
-    waves = [np.pad(wave_T, (0, max(0, SHORTEST - len(wave_T)))) for wave_T in at_16k(waves, sample_rate, centred=True)]
-    batches = equal_lengths(waves, batch_size)
-    with full_precision(): heard = [self(torch.tensor(np.stack([waves[i] for i in batch]), device=self.fc1.weight.device)) for batch in batches]
+    waves = [at_least_two_seconds(wave_T) for wave_T in at_16k(waves, sample_rate, centred=True)]
+    batches = equal_lengths(waves, batch_size, seconds=lambda wave_T: len(wave_T) / RATE)
+    device, heard = self.fc1.weight.device, []
+    with full_precision():
+        for batch in batches:
+            features_BD, logits_BC = self(torch.tensor(np.stack([waves[i] for i in batch]), device=device))
+            heard.append((features_BD.cpu(), logits_BC.cpu()))
     order_N = np.argsort(np.concatenate(batches))
-    features_ND, logits_NC = (torch.cat(part).cpu().numpy()[order_N] for part in zip(*heard))
+    features_ND, logits_NC = (torch.cat(part).numpy()[order_N] for part in zip(*heard))
     return features_ND, logits_NC
 
 # %% ../nbs/12c_listeners.ipynb #835ed564
@@ -161,11 +176,10 @@ def vggish_mels()->np.ndarray: # [F, M]
 EXAMPLE = 96 * 160 + 240 # samples that 96 frames of 400 need, 160 apart
 
 def log_mel_examples(
-    wave_T:np.ndarray, # 16 kHz
-    starts             # first sample of each example
+    examples_ET        # E times `EXAMPLE` samples at 16 kHz
 )->np.ndarray:         # float32 [E, 96, M]
     "Log-mel spectrograms of 0.96 s"
-    examples_ET = np.stack([wave_T[i:i + EXAMPLE] for i in starts]).astype(np.float64)
+    examples_ET = np.asarray(examples_ET, dtype=np.float64)
     frames_ENT = np.lib.stride_tricks.sliding_window_view(examples_ET, 400, axis=1)[:, ::160] * np.hanning(401)[:-1]
     return np.log(np.abs(np.fft.rfft(frames_ENT, 512)) @ vggish_mels() + .01).astype(np.float32)
 
@@ -198,25 +212,36 @@ class VGGish(nn.Module):
         feature_BD = self.embeddings(x_BCTM.permute(0, 2, 3, 1).flatten(1))
         return feature_BD.relu() if self.original else feature_BD
 
-    @torch.no_grad()
-    def embed(self,
-        waves,           # N mono sounds, floats between -1 and 1
-        sample_rate:int, # of all of them, in Hz
-        batch_size:int=64
-    )->np.ndarray:       # [E, 128], the examples of the first sound, then those of the second, ...
-        "Features for the Fréchet audio distance"
-        mel_ETM = torch.tensor(np.concatenate([self.examples(wave_T, f'sound {i}') for i, wave_T in enumerate(at_16k(waves, sample_rate))]))
-        device = self.embeddings[0].weight.device
-        with full_precision(): return torch.cat([self(batch.to(device)).cpu() for batch in mel_ETM.split(batch_size)]).numpy()
-
 # %% ../nbs/12c_listeners.ipynb #4a2212b9
 @patch
 def examples(self:VGGish,
     wave_T:np.ndarray, # 16 kHz
     name:str           # for errors
-)->np.ndarray:         # [E, 96, M]
+)->list:               # E views of `EXAMPLE` samples
     "The parts of a sound that are heard; what is left over at the end is not"
-    step, needed = (8_000, RATE) if self.original else (15_360, EXAMPLE)
-    if len(wave_T) < needed: raise ValueError(f'{name} has {len(wave_T):,} samples at 16 kHz, less than the {needed:,} that VGGish hears at once: leave it out or add silence')
-    if self.original: wave_T = wave_T / max(.1, wave_T.max())
-    return log_mel_examples(wave_T, range(0, len(wave_T) - needed + 1, step))
+    if self.original:
+        step, needed, wave_T = 8_000, RATE, wave_T / max(.1, wave_T.max())
+    else:
+        step, needed, wave_T = 15_360, EXAMPLE, at_least_two_seconds(wave_T)
+    if len(wave_T) < needed:
+        raise ValueError(f'{name} has {len(wave_T):,} samples at 16 kHz, less than the {needed:,} that VGGish '
+                         'hears at once: leave it out or add silence')
+    return [wave_T[i:i + EXAMPLE] for i in range(0, len(wave_T) - needed + 1, step)]
+
+# %% ../nbs/12c_listeners.ipynb #3b8e04d3
+@patch
+@torch.no_grad()
+def embed(self:VGGish,
+    waves,           # N mono sounds, floats between -1 and 1
+    sample_rate:int, # of all of them, in Hz
+    batch_size:int=64
+)->np.ndarray:       # [E, 128], the examples of the first sound, then those of the second, ...
+    "Features for the Fréchet audio distance"
+    waves = at_16k(waves, sample_rate, centred=not self.original)
+    examples = [example for i, wave_T in enumerate(waves) for example in self.examples(wave_T, f'sound {i}')]
+    device, features = self.embeddings[0].weight.device, []
+    with full_precision():
+        for i in range(0, len(examples), batch_size):
+            mel_BTM = torch.from_numpy(log_mel_examples(examples[i:i + batch_size]))
+            features.append(self(mel_BTM.to(device)).cpu())
+    return torch.cat(features).numpy()
