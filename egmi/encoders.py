@@ -24,7 +24,7 @@ from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
 from transformers import BartTokenizer, BertTokenizer, RobertaConfig, RobertaModel, RobertaTokenizer
 
 from .fitting import in_batches
-from .imagebind import load_strictly
+from .imagebind import load_strictly, load_whole
 
 # %% ../nbs/12b_encoders.ipynb #b1bfa48e
 def unit_vectors(
@@ -59,7 +59,7 @@ class TransformersClip:
         folder,
         device='cpu'
     ):
-        self.model = CLIPModel.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+        self.model = load_whole(CLIPModel, folder, dtype=torch.float32).to(device).eval()
         self.tokenizer, self.pixels = AutoTokenizer.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)
 
     def embed_images(self,
@@ -153,7 +153,7 @@ def from_pretrained(cls:Clap,
     device='cpu'
 )->Clap:
     "CLAP as `transformers` saves it"
-    model = ClapModel.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    model = load_whole(ClapModel, folder, dtype=torch.float32).to(device).eval()
     return cls(model, AutoTokenizer.from_pretrained(folder), AutoFeatureExtractor.from_pretrained(folder))
 
 # %% ../nbs/12b_encoders.ipynb #12781dee
@@ -243,7 +243,7 @@ class LaionClap:
         with shielded(config):
             try: from laion_clap import CLAP_Module
             except ImportError as e: raise ImportError(f"laion_clap cannot be imported ({e}): pip install 'egmi[paper]', then "
-                                                       'pip install --no-deps laion-clap==1.1.5') from e
+                                                       'pip install --no-deps laion_clap==1.1.7') from e
             self.module = CLAP_Module(device='cpu')
         load_strictly(self.module.model, {name.removeprefix('module.'): t for name, t in read_laion(path).items() if not name.endswith('_ids')}, path)
         self.module.float().to(device).eval()

@@ -25,6 +25,8 @@ from torchaudio.functional import melscale_fbanks
 from tqdm import tqdm
 from transformers import ClapTextModelWithProjection, CLIPTextModel, CLIPTokenizer, RobertaTokenizer, SpeechT5HifiGan
 
+from .imagebind import load_whole
+
 # %% ../nbs/06_generators.ipynb #b1227a54
 def remaining_timesteps(
     scheduler,      # any diffusers scheduler
@@ -131,11 +133,12 @@ def from_pretrained(
     device='cpu',        # torch device
     **unet_options       # override the UNet's own config
 ):
-    "Load the frozen components; FileNotFoundError names a missing one"
+    "Load the frozen components; an error names a missing one, or the weights that its files lack"
     check_source(source, (*cls.classes, 'scheduler'))
     def load(name, kind):
         if name == 'tokenizer': return kind.from_pretrained(source, subfolder=name)
-        return kind.from_pretrained(source, subfolder=name, dtype=dtype, **(unet_options if name == 'unet' else {})).to(device)
+        options = unet_options if name == 'unet' else {}
+        return load_whole(kind, source, subfolder=name, dtype=dtype, **options).to(device)
     kind = getattr(diffusers, DDIMScheduler.load_config(source, subfolder='scheduler')['_class_name'])
     return cls(scheduler=kind.from_pretrained(source, subfolder='scheduler'), **{n: load(n, k) for n, k in cls.classes.items()})
 
