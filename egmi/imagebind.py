@@ -6,11 +6,11 @@
 __all__ = ['TOWERS', 'OTHER_TOWERS', 'CLIP_MEAN', 'CLIP_STD', 'TowerConfig', 'ImageBindConfig', 'RepeatFrame', 'Stem',
            'vision_stem', 'audio_stem', 'PositionEmbedding', 'PatchTokens', 'vision_tokens', 'audio_tokens',
            'TextTokens', 'Block', 'Trunk', 'PickClass', 'Normalise', 'LogitScale', 'class_head', 'text_head',
-           'ImageBind', 'eos_positions', 'load_strictly', 'read_official', 'preprocess_images', 'clip_starts',
-           'clip_spectrogram', 'check_sound', 'preprocess_audio']
+           'ImageBind', 'eos_positions', 'read_tensors', 'load_strictly', 'check_loaded', 'load_whole', 'read_official',
+           'preprocess_images', 'clip_starts', 'clip_spectrogram', 'check_sound', 'preprocess_audio']
 
 # %% ../nbs/04_imagebind.ipynb #f319367a
-import json, math
+import json, math, pickle
 from collections import Counter, OrderedDict
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -21,6 +21,7 @@ import soxr
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torchaudio.compliance import kaldi
@@ -273,6 +274,16 @@ def encode_text(self:ImageBind,
     return post(e_BD) if scaled else post[0](e_BD)
 
 # %% ../nbs/04_imagebind.ipynb #801c4223
+def read_tensors(
+    file:Path # `.safetensors`, or what `torch.save` wrote
+)->dict:      # name -> tensor, read from the disk only when it is used
+    "The tensors of a file, without unpickling any code; a ValueError names a damaged file"
+    try:
+        if file.suffix == '.safetensors': return load_file(file)
+        return torch.load(file, map_location='cpu', weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as e:
+        raise ValueError(f'{file} is damaged or holds more than tensors: get it again') from e
+
 def load_strictly(
     model:nn.Module, # takes the tensors of `state` as they are, without a copy
     state:dict,      # parameter name -> tensor
@@ -287,6 +298,41 @@ def load_strictly(
         raise ValueError(f'{source} does not fit the model in {len(wrong)} tensors, first {name}: '
                          f'expected {expected.get(name, "none")}, found {found.get(name, "none")}')
     model.load_state_dict(state, assign=True)
+
+# %% ../nbs/04_imagebind.ipynb #ecd41e12
+def check_loaded(
+    model,
+    info:dict, # what `from_pretrained` reports with `output_loading_info`
+    place      # where the files are, for the error
+):
+    "Raise a ValueError that names the weights which the files lacked or held in another shape"
+    computed = {name for name, t in model.state_dict().items() if not t.is_floating_point()}
+    lacking = sorted(set(info['missing_keys']) - computed)
+    if lacking:
+        shown = ', '.join(lacking[:3]) + ', ...' * (len(lacking) > 3)
+        raise ValueError(f'{place} lacks {len(lacking)} weights of {type(model).__name__}: {shown}: get all of its files')
+    wrong = sorted(info['mismatched_keys'])
+    if wrong:
+        name, found, expected = wrong[0]
+        raise ValueError(f'{place} does not fit its config in {len(wrong)} weights, first {name}: '
+                         f'expected {tuple(expected)}, found {tuple(found)}')
+
+# %% ../nbs/04_imagebind.ipynb #963f8a14
+def load_whole(
+    kind,     # class of transformers or diffusers
+    source,   # folder or hub id
+    **options # of `kind.from_pretrained`: dtype, subfolder...
+):            # the model
+    "A pretrained model without one random weight; an error names what its files lack"
+    place = '/'.join([str(source), *filter(None, [options.get('subfolder')])])
+    try:
+        model, info = kind.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    except OSError as e:
+        raise FileNotFoundError(f'no {kind.__name__} in {place}: {str(e).splitlines()[0]}') from e
+    except (ValueError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as e:
+        raise ValueError(f'{kind.__name__} in {place} cannot be read: {str(e).splitlines()[0]}') from e
+    check_loaded(model, info, place)
+    return model
 
 # %% ../nbs/04_imagebind.ipynb #8423b3bf
 @patch(cls_method=True)
@@ -320,7 +366,7 @@ def from_pretrained(cls:ImageBind,
     folder = Path(folder)
     if folder.suffix == '.pth': return cls.from_official(folder)
     config = ImageBindConfig.from_dict(json.loads((folder/'config.json').read_text()))
-    return cls.from_state(config, load_file(folder/'model.safetensors'), folder)
+    return cls.from_state(config, read_tensors(folder/'model.safetensors'), folder)
 
 # %% ../nbs/04_imagebind.ipynb #5081e3f6
 OTHER_TOWERS = ('depth', 'thermal', 'imu')
@@ -329,7 +375,7 @@ def read_official(
     path # `imagebind_huge.pth`
 )->tuple: # state dict of our towers, and how many tensors of each other tower were left out
     "Read an official checkpoint without unpickling any code"
-    state = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+    state = read_tensors(Path(path))
     other = {name: tower for name in state for tower in OTHER_TOWERS if f'.{tower}.' in name}
     return {name: t for name, t in state.items() if name not in other}, Counter(other.values())
 
