@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SAMPLE_RATE', 'N_FFT', 'HOP', 'N_MELS', 'ORIGINAL_HEADS', 'remaining_timesteps', 'noised', 'denoise', 'guided',
            'generators_for', 'check_source', 'LatentDiffusion', 'StableDiffusion', 'mel_filters', 'log_mel',
-           'attention_heads', 'AudioLDM', 'span_mask', 'check_strength']
+           'attention_heads', 'AudioLDM', 'to_half_peak', 'span_mask', 'check_strength']
 
 # %% ../nbs/06_generators.ipynb #8ec8eae9
 import inspect
@@ -26,6 +26,11 @@ from tqdm import tqdm
 from transformers import ClapTextModelWithProjection, CLIPTextModel, CLIPTokenizer, RobertaTokenizer, SpeechT5HifiGan
 
 from .imagebind import load_whole
+
+# %% ../nbs/06_generators.ipynb #43b1abac
+from fastcore.basics import ifnone
+
+from .config import require_number, require_positive
 
 # %% ../nbs/06_generators.ipynb #b1227a54
 def remaining_timesteps(
@@ -78,7 +83,7 @@ def guided(
     predict,       # (latents, timestep, condition) -> noise
     condition,     # embedding of every sample
     unconditional, # embedding of the empty caption, one row
-    scale:float    # guidance scale; 1 turns guidance off
+    scale:float    # guidance scale; 1 or less, such as 0, turns guidance off, as in diffusers
 ):
     "(latents, timestep) -> noise, with classifier-free guidance"
     if scale <= 1: return lambda x, t: predict(x, t, condition)
@@ -151,18 +156,21 @@ def encode_text(
     batch_size:int=64 # captions per forward pass
 )->torch.Tensor:      # [N, ...], what `generate` takes
     "The text encoder's embeddings: the mapper's targets"
+    require_positive(batch_size=batch_size)
     tokens = self.tokenizer(captions, padding=self.padding, max_length=self.tokenizer.model_max_length, truncation=True, return_tensors='pt')
     ids, mask = (t.to(self.device).split(batch_size) for t in (tokens.input_ids, tokens.attention_mask))
     return torch.cat([self._embed(i, m) for i, m in zip(ids, mask)])
 
 # %% ../nbs/06_generators.ipynb #30c22443
 @patch
-def _check(self:LatentDiffusion, condition, shape, generator, latents, steps, batch_size):
+def _check(self:LatentDiffusion, condition, shape, generator, latents, steps, guidance_scale, batch_size):
+    require_positive(steps=steps, batch_size=batch_size)
+    require_number(guidance_scale=guidance_scale)
     n, expected = len(condition), self.unconditional.shape[1:]
+    if not n: raise ValueError('there is nothing to generate: no embeddings were given')
     if condition.shape[1:] != expected: raise ValueError(f'the embeddings have shape {[*condition.shape]}, expected {["B", *expected]}')
     if generator is not None and len(generator) != n: raise ValueError(f'{len(generator)} generators for {n} samples: give one each')
     if latents is not None and latents.shape != (n, *shape): raise ValueError(f'latents have shape {[*latents.shape]}, expected {[n, *shape]}')
-    if steps < 1 or batch_size < 1: raise ValueError(f'steps and batch_size must be 1 or more, not {steps} and {batch_size}')
 
 # %% ../nbs/06_generators.ipynb #70c58138
 @patch
@@ -173,7 +181,7 @@ def sample(
     generator=None,       # list of B torch.Generator; None draws from torch's global one
     latents=None,         # [B, *shape] noise to start from instead
     steps:int=50,         # denoising steps
-    guidance_scale:float=1., # 1 is off
+    guidance_scale:float=1., # 1 or less is off
     batch_size:int=16,    # samples denoised at once
     progress:bool=True,   # show a bar
     source=None,          # [B, *shape] clean latents to edit
@@ -181,7 +189,7 @@ def sample(
     mask=None             # [B, ...] as `denoise` takes it
 ):
     "Yield the clean latents of `batch_size` samples at a time"
-    self._check(condition, shape, generator, latents, steps, batch_size)
+    self._check(condition, shape, generator, latents, steps, guidance_scale, batch_size)
     n, condition = len(condition), condition.to(self.device, self.dtype)
     if latents is None: latents = randn_tensor((n, *shape), generator=generator, device=self.device, dtype=self.dtype)
     latents = latents.to(self.device, self.dtype)
@@ -216,7 +224,7 @@ class StableDiffusion(LatentDiffusion):
         generator=None,           # list of B torch.Generator, see `generators_for`
         latents=None,             # [B, V, h, w] noise to start from instead
         steps:int=50,             # denoising steps
-        guidance_scale:float=7.5, # 1 is off
+        guidance_scale:float=7.5, # 1 or less is off
         batch_size:int=16,        # pictures at once
         progress:bool=True        # show a bar
     )->list:
@@ -276,7 +284,7 @@ class AudioLDM(LatentDiffusion):
     ):
         "Load the frozen components; FileNotFoundError names a missing one"
         check_source(source, (*cls.classes, 'scheduler'))
-        heads = attention_head_dim or attention_heads(UNet2DConditionModel.load_config(source, subfolder='unet'))
+        heads = ifnone(attention_head_dim, attention_heads(UNet2DConditionModel.load_config(source, subfolder='unet')))
         return super().from_pretrained(source, dtype, device, attention_head_dim=heads)
 
     def _embed(self, ids, mask): return F.normalize(self.text_encoder(ids, attention_mask=mask).text_embeds, dim=-1)
@@ -314,7 +322,7 @@ def generate(
     generator=None,          # list of B torch.Generator, see `generators_for`
     latents=None,            # [B, V, t, f] noise to start from instead
     steps:int=50,            # denoising steps
-    guidance_scale:float=2.5,# 1 is off
+    guidance_scale:float=2.5,# 1 or less is off
     normalize:bool=True,     # bring `clap_BC` to unit length first
     batch_size:int=16,       # sounds at once
     progress:bool=True       # show a bar
@@ -322,12 +330,26 @@ def generate(
     "One sound per row of `clap_BC`"
     config = self.vocoder.config
     hop = prod(config.upsample_rates)
-    samples = round(seconds * config.sampling_rate) if seconds else self.unet.config.sample_size * self.factor * hop
+    samples = self.unet.config.sample_size * self.factor * hop
+    if seconds is not None:
+        require_number(seconds=seconds)
+        samples = round(seconds * config.sampling_rate)
     if samples < 1: raise ValueError(f'a sound of {seconds} seconds has no samples')
     shape = (self.unet.config.in_channels, ceil(samples / (hop * self.factor)), config.model_in_dim//self.factor)
     if normalize: clap_BC = F.normalize(clap_BC, dim=-1)
     batches = self.sample(clap_BC, shape, generator, latents, steps, guidance_scale, batch_size, progress)
     return torch.cat([self.decode(batch)[:, :samples] for batch in batches]).numpy()
+
+# %% ../nbs/06_generators.ipynb #5e27b3c3
+def to_half_peak(
+    wave_BT:torch.Tensor # mono
+)->tuple: # wave_BT without their means, at a peak of .5; level_B1, by which they were divided
+    "Recordings as AudioLDM takes them"
+    wave_BT = wave_BT.double()
+    wave_BT = wave_BT - wave_BT.mean(1, keepdim=True)
+    peak_B1 = wave_BT.abs().amax(1, keepdim=True)
+    level_B1 = torch.where(peak_B1 > 1e-8, 2 * peak_B1, 1.)  # a 24th bit is 1e-7
+    return (wave_BT / level_B1).float(), level_B1.float()
 
 # %% ../nbs/06_generators.ipynb #36bd447b
 def span_mask(
@@ -344,6 +366,7 @@ def span_mask(
 
 def check_strength(strength:float):
     "ValueError unless it is a share"
+    require_number(strength=strength)
     if not 0 <= strength <= 1: raise ValueError(f'strength must lie between 0 and 1, not {strength}')
 
 # %% ../nbs/06_generators.ipynb #a862dd79
@@ -352,23 +375,29 @@ def edit(
     self:AudioLDM,
     clap_BC,                 # CLAP text embeddings of what is wanted
     wave_BT,                 # sources: mono, 16 kHz, in [-1, 1]
-    strength:float=.5,       # 0 gives the sources as VAE and vocoder render them, 1 ignores them
+    strength:float=.5,       # 0 gives the sources as VAE and vocoder render them, 1 keeps their length and level
     spans=None,              # B pairs (start, end) in seconds outside of which nothing changes
     generator=None,          # list of B torch.Generator, see `generators_for`
     latents=None,            # [B, V, t, f] noise to put on the sources instead
     steps:int=50,            # denoising steps of a whole generation
-    guidance_scale:float=2.5,# 1 is off
+    guidance_scale:float=2.5,# 1 or less is off
     normalize:bool=True,     # bring `clap_BC` to unit length first
     batch_size:int=16,       # sounds at once
     progress:bool=True       # show a bar
-)->np.ndarray:               # float32 [B, samples], as long as the sources
+)->np.ndarray:               # float32 [B, samples], as long and as loud as the sources
     "The sources, changed towards one condition each"
-    wave_BT = torch.as_tensor(wave_BT, dtype=torch.float32)
+    wave_BT = torch.as_tensor(wave_BT, dtype=torch.float32, device='cpu')
     check_strength(strength)
-    if len(wave_BT) != len(clap_BC): raise ValueError(f'{len(wave_BT)} sounds for {len(clap_BC)} embeddings: give one each')
-    if spans is not None and len(spans) != len(clap_BC): raise ValueError(f'{len(spans)} spans for {len(clap_BC)} sounds: give one each')
-    source = torch.cat([self.encode_audio(w) for w in wave_BT.split(batch_size)])
+    require_positive(steps=steps, batch_size=batch_size)
+    if len(wave_BT) != len(clap_BC):
+        raise ValueError(f'{len(wave_BT)} sounds for {len(clap_BC)} embeddings: give one each')
+    if spans is not None and len(spans) != len(clap_BC):
+        raise ValueError(f'{len(spans)} spans for {len(clap_BC)} sounds: give one each')
+    half_BT, level_B1 = to_half_peak(wave_BT)
+    source = torch.cat([self.encode_audio(w) for w in half_BT.split(batch_size)])
     mask = None if spans is None else span_mask(spans, source.shape[2], SAMPLE_RATE / (HOP * self.factor))
     if normalize: clap_BC = F.normalize(clap_BC, dim=-1)
-    batches = self.sample(clap_BC, source.shape[1:], generator, latents, steps, guidance_scale, batch_size, progress, source, strength, mask)
-    return torch.cat([self.decode(batch)[:, :wave_BT.shape[1]] for batch in batches]).numpy()
+    batches = self.sample(clap_BC, source.shape[1:], generator, latents, steps, guidance_scale, batch_size,
+                          progress, source, strength, mask)
+    made_BT = torch.cat([self.decode(batch)[:, :wave_BT.shape[1]] for batch in batches])
+    return (made_BT * level_B1).numpy()
