@@ -127,9 +127,9 @@ def ring(
     "A sum of decaying partials"
     start_P = rng.uniform(0, 2 * np.pi, len(pitch_P))
     t_T = np.float32(t_T)
-    phase_PT = 2 * np.pi * column(pitch_P) * t_T + column(start_P)
-    envelope_PT = column(gain_P) * np.exp(-t_T / column(decay_P))
-    return (envelope_PT * np.sin(phase_PT)).sum(0)
+    tone_PT = np.sin(2 * np.pi * column(pitch_P) * t_T + column(start_P))
+    tone_PT *= column(gain_P) * np.exp(-t_T / column(decay_P))
+    return tone_PT.sum(0)
 
 # %% ../../nbs/mini/02_sounds.ipynb #8612f32b
 def voice(
@@ -140,10 +140,11 @@ def voice(
     n_harmonics = int(7500 // pitch_T.max())
     k_P1 = column(np.arange(1, n_harmonics + 1))
     pitch_PT = k_P1 * np.float32(pitch_T)
-    gain_PT = 0
+    gain_PT = np.zeros_like(pitch_PT)
     for centre, width, gain in formants:
-        distance_PT = (pitch_PT - np.float32(centre)) / np.float32(width)
-        gain_PT = gain_PT + gain / (1 + distance_PT**2)
+        centre = np.float32(centre)
+        width = np.float32(width)
+        gain_PT += gain / (1 + ((pitch_PT - centre) / width)**2)
     phase_T = np.float32(phase(pitch_T) % (2 * np.pi))
     return (gain_PT * np.sin(k_P1 * phase_T)).sum(0)
 
@@ -390,8 +391,8 @@ def street(rng:np.random.Generator)->np.ndarray:
     engine_T = phase(idle * (1 + .02 * wander(CLIP_T, 3, rng)))
     away_T = (CLIP_T - rng.uniform(.3, 2.2)) / rng.uniform(.25, .4)
     passing_T = 1 / (1 + away_T**2)
-    harmonics = [np.sin(k * engine_T) / k for k in (1, 2, 3)]
-    rumble_T = noise(N_SAMPLES, 30, 150, rng) + sum(harmonics)
+    rumble_T = noise(N_SAMPLES, 30, 150, rng)
+    rumble_T = rumble_T + sum(np.sin(k * engine_T) / k for k in (1, 2, 3))
     return rumble_T + .8 * passing_T * noise(N_SAMPLES, 300, 1200, rng)
 
 def rain(rng:np.random.Generator)->np.ndarray:
