@@ -101,6 +101,7 @@ def polygon(
     "Draw a polygon"
     fill_shape(pen, complex_points(points), fill)
 
+# %% ../../nbs/mini/01_pictures.ipynb #6d81b802
 def box(
     pen:Pen,
     x0:float,       # left
@@ -113,6 +114,7 @@ def box(
     corners = (x0, y0), (x1, y0), (x1, y1), (x0, y1)
     polygon(pen, corners, fill)
 
+# %% ../../nbs/mini/01_pictures.ipynb #76c5b663
 def ellipse(
     pen:Pen,
     x:float,         # centre
@@ -153,6 +155,7 @@ def blob(
     "Draw a polygon with soft corners"
     fill_shape(pen, rounded(points), fill)
 
+# %% ../../nbs/mini/01_pictures.ipynb #48d43baa
 def stroke(
     pen:Pen,
     points:tuple,    # (x, y) along the line
@@ -198,6 +201,7 @@ def bell(pen:Pen, pose:float):
     polygon(pen, ((-.76, .4), (.76, .4), (.86, .62), (-.86, .62)), pen.shade)
     stroke(pen, ((-.3, -.35), (-.36, .18)), .12, CREAM)
 
+# %% ../../nbs/mini/01_pictures.ipynb #aa135870
 def drum(pen:Pen, pose:float):
     "A drum; `pose` beats the sticks"
     blob(pen, ((-.78, -.25), (.78, -.25), (.8, .8), (.4, .96), (-.4, .96), (-.8, .8)))
@@ -211,6 +215,7 @@ def drum(pen:Pen, pose:float):
         stroke(pen, ((x * 1.25, -.85 + lift), (x * .3, -.25 + lift)), .1, WOOD, edge=True)
         ellipse(pen, x * .3, -.25 + lift, .12, .12, WOOD)
 
+# %% ../../nbs/mini/01_pictures.ipynb #a0c865bb
 def whistle(pen:Pen, pose:float):
     "A referee's whistle; `pose` swings the cord and the pea"
     cord = (.85, .0), (1, .3 + .2 * pose), (.75, .7), (.95, .95)
@@ -241,6 +246,7 @@ def bird(pen:Pen, pose:float):
     wing = (-.18, .05), (.1, -.15), (.7, tip), (.86, tip + .22), (.5, .38), (.0, .42)
     blob(pen, wing, pen.shade)
 
+# %% ../../nbs/mini/01_pictures.ipynb #3a8db3e2
 def bee(pen:Pen, pose:float):
     "A bee; `pose` flaps the wings"
     for turn in (-65 + 12 * pose, -110 + 12 * pose):
@@ -298,6 +304,7 @@ def dog(pen:Pen, pose:float):
     ellipse(pen, -.16, -.3, .16, .38, pen.shade, -12 + 8 * pose)
     polygon(pen, ((-.5, .0), (-.1, .12), (-.14, .22), (-.5, .1)), AMBER)
 
+# %% ../../nbs/mini/01_pictures.ipynb #892a36e2
 def cat(pen:Pen, pose:float):
     "A cat; `pose` curls the tail and turns the eyes"
     tail = (.35, .8), (.9, .75), (.95, .3), (.65, .2 - .2 * pose)
@@ -349,6 +356,7 @@ def siren(pen:Pen, pose:float):
     box(pen, -.68, .4, .68, .64, STEEL)
     box(pen, -.86, .6, .86, .92, DARK)
 
+# %% ../../nbs/mini/01_pictures.ipynb #eddb10d2
 def train(pen:Pen, pose:float):
     "A steam locomotive; `pose` moves the smoke"
     ellipse(pen, -.42, -.78, .17, .17, GLASS)
@@ -365,6 +373,7 @@ def train(pen:Pen, pose:float):
         ellipse(pen, x, .92 - r, r, r, pen.shade)
         ellipse(pen, x, .92 - r, r / 3, r / 3, CREAM)
 
+# %% ../../nbs/mini/01_pictures.ipynb #123745ec
 def guitar(pen:Pen, pose:float):
     "A guitar; `pose` tilts it"
     pen = pen.turned(38 + 8 * pose)
@@ -388,6 +397,7 @@ def tone(
     shifts = rng.integers(-5, 6, 3).tolist()
     return tuple(c + shift for c, shift in zip(rgb, shifts))
 
+# %% ../../nbs/mini/01_pictures.ipynb #c18e4dbe
 def sky(
     pen:Pen,
     rng:np.random.Generator,
@@ -423,6 +433,7 @@ def window(
 
 WALLS = (226, 214, 196), (206, 216, 204), (208, 212, 222), (226, 206, 204)
 
+# %% ../../nbs/mini/01_pictures.ipynb #45dd7cb2
 def room(pen:Pen, rng:np.random.Generator):
     "A wall with a window and a picture, and a floor"
     wall = pick(WALLS, rng)
@@ -476,6 +487,7 @@ def sailing_boat(
     polygon(pen, sail, tone(rng, (228, 226, 222)))
     polygon(pen, hull, tone(rng, (158, 128, 112)))
 
+# %% ../../nbs/mini/01_pictures.ipynb #38dccc68
 def beach(pen:Pen, rng:np.random.Generator):
     "The sun, a boat, waves and sand"
     sky(pen, rng, (206, 224, 234))
