@@ -70,6 +70,7 @@ def timeline(
     n_samples = round(100 * seconds) * SAMPLE_RATE // 100
     return np.arange(n_samples) / SAMPLE_RATE
 
+# %% ../../nbs/mini/02_sounds.ipynb #74fb3944
 def curve(
     t_T:np.ndarray, # times, s
     points:dict     # fraction of the duration -> value
@@ -77,6 +78,7 @@ def curve(
     "Line through the points"
     return np.interp(t_T / t_T[-1], list(points), list(points.values()))
 
+# %% ../../nbs/mini/02_sounds.ipynb #bd269217
 def wander(
     t_T:np.ndarray,          # times, s
     rate:float,              # turns in a second
@@ -87,6 +89,7 @@ def wander(
     knots = rng.standard_normal(n_knots)
     return np.interp(t_T * rate, np.arange(n_knots), knots)
 
+# %% ../../nbs/mini/02_sounds.ipynb #d557c610
 def phase(
     pitch_T:np.ndarray # Hz, may change over time
 )->np.ndarray:         # [T] radians
@@ -186,6 +189,7 @@ def bell(ratio:float, rng:np.random.Generator)->np.ndarray:
     strike_T = noise(len(t_T), 2000, 7000, rng)
     return metal_T + .8 * strike_T * np.exp(-t_T / .004)
 
+# %% ../../nbs/mini/02_sounds.ipynb #507def64
 def drum(ratio:float, rng:np.random.Generator)->np.ndarray:
     "One hit"
     t_T = timeline(.5)
@@ -244,6 +248,7 @@ def whistle(ratio:float, rng:np.random.Generator)->np.ndarray:
     envelope_T = curve(t_T, {0: 0, .08: 1, .85: .9, 1: 0})
     return envelope_T * (.65 + .35 * pea_T) * (tone_T + .15 * breath_T)
 
+# %% ../../nbs/mini/02_sounds.ipynb #f76436a6
 def train(ratio:float, rng:np.random.Generator)->np.ndarray:
     "One hoot"
     t_T = timeline(rng.uniform(.52, .6))
@@ -283,6 +288,7 @@ def bird(ratio:float, rng:np.random.Generator)->np.ndarray:
     envelope_T = curve(t_T, {0: .5, .5: 1, 1: .6})
     return envelope_T * np.sin(np.pi * chirp_T)**2 * np.sin(phase(pitch_T))
 
+# %% ../../nbs/mini/02_sounds.ipynb #eca6809d
 def bee(ratio:float, rng:np.random.Generator)->np.ndarray:
     "One fly-by"
     t_T = timeline(rng.uniform(.52, .6))
@@ -323,6 +329,7 @@ def dog(ratio:float, rng:np.random.Generator)->np.ndarray:
     envelope_T = curve(t_T, {0: 0, .1: 1, .45: .7, .75: .2, 1: 0})
     return np.tanh(envelope_T * bark_T)
 
+# %% ../../nbs/mini/02_sounds.ipynb #8a79bb9d
 def cat(ratio:float, rng:np.random.Generator)->np.ndarray:
     "One meow"
     t_T = timeline(rng.uniform(.52, .6))
@@ -385,6 +392,7 @@ def beach(rng:np.random.Generator)->np.ndarray:
     foam_T = .5 * swell_T**4 * noise(N_SAMPLES, 1500, 7000, rng)
     return wave_T + foam_T
 
+# %% ../../nbs/mini/02_sounds.ipynb #a7c63747
 def street(rng:np.random.Generator)->np.ndarray:
     "Traffic"
     idle = rng.uniform(65, 95)
@@ -395,6 +403,7 @@ def street(rng:np.random.Generator)->np.ndarray:
     rumble_T = rumble_T + sum(np.sin(k * engine_T) / k for k in (1, 2, 3))
     return rumble_T + .8 * passing_T * noise(N_SAMPLES, 300, 1200, rng)
 
+# %% ../../nbs/mini/02_sounds.ipynb #350fbd99
 def rain(rng:np.random.Generator)->np.ndarray:
     "A shower"
     drops_T = rng.standard_normal(N_SAMPLES)
