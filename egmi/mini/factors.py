@@ -76,7 +76,7 @@ def random_streams(
 def pick(
     options:tuple,           # what to choose from
     rng:np.random.Generator  # stream to draw from
-):                           # one of `options`
+)->object:                   # one of `options`
     "Draw one of the options, all equally likely"
     return options[rng.integers(len(options))]
 

@@ -26,7 +26,7 @@ N_SAMPLES = 40_960
 def player(
     audio:np.ndarray,            # [T] waveform within -1 to 1
     sample_rate:int=SAMPLE_RATE  # Hz
-):                               # an `IPython.display.Audio`
+)->object:                       # an `IPython.display.Audio`
     "An audio player that embeds the sound as MP3"
     from IPython.display import Audio
     file = BytesIO()
