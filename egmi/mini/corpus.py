@@ -31,30 +31,41 @@ def labels(
 
 # %% ../../nbs/mini/04_corpus.ipynb #7e47df9a
 def brief_captions(
-    labels_NF, # factors as class indices
-    seed:int=0
+    labels_NF:np.ndarray, # one row of class indices per scene, see `labels`
+    seed:int=0            # of what is left out, and of the wording
 )->list[str]:
     "A caption of every scene that calls the object a thing, or says nothing of size, colour or place"
     rng = np.random.default_rng(seed)
-    scenes = [Factors(*(values[i] for values, i in zip(FACTOR_VALUES.values(), row))) for row in np.asarray(labels_NF)]
-    return [caption(f, rng, without=rng.choice(('object', 'size', 'colour', 'place'))) for f in scenes]
+    captions = []
+    for row in np.asarray(labels_NF):
+        values = [options[i] for options, i in zip(FACTOR_VALUES.values(), row)]
+        without = rng.choice(('object', 'size', 'colour', 'place'))
+        captions.append(caption(Factors(*values), rng, without=without))
+    return captions
 
 # %% ../../nbs/mini/04_corpus.ipynb #bae654d9
 @dataclass(frozen=True)
 class Corpus:
     "Rendered scenes: row i of each is scene i"
-    images_NHWC: np.ndarray  # uint8
-    waves_NT: np.ndarray     # int16
-    mels_NTF: np.ndarray     # float16, AudioLDM's log-mels
-    labels_NF: np.ndarray    # int64, see `labels`
-    captions: list[str]
+    images_NHWC:np.ndarray # uint8
+    waves_NT:np.ndarray    # int16
+    mels_NTF:np.ndarray    # float16, AudioLDM's log-mels
+    labels_NF:np.ndarray   # int64, see `labels`
+    captions:list[str]
 
-    def __len__(self): return len(self.captions)
+    def __len__(self):
+        return len(self.captions)
 
-def render(split:str, seed:int, index:int)->tuple:
-    "Picture, int16 sound, labels and caption of one scene"
-    s = scene(split, index, seed)
-    return np.asarray(s.image), (s.audio * 32767).round().astype(np.int16), labels(s.factors), s.caption
+def render(
+    split:str, # Toybox split
+    seed:int,  # world
+    index:int  # number of the scene in its split
+)->tuple:      # picture [64, 64, 3] uint8, sound [40960] int16, labels, caption
+    "One row of a corpus"
+    example = scene(split, index, seed)
+    image = np.asarray(example.image)
+    wave = (example.audio * 32767).round().astype(np.int16)
+    return image, wave, labels(example.factors), example.caption
 
 # %% ../../nbs/mini/04_corpus.ipynb #4aa6a822
 def log_mels(

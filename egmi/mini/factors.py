@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OBJECTS', 'COUNTS', 'SIZES', 'COLOURS', 'PLACES', 'FACTOR_VALUES', 'SPLITS', 'STREAMS', 'WORDS', 'VERBS',
-           'UNSEEN_NAMES', 'Factors', 'is_held_out', 'random_streams', 'sample_factors', 'plural', 'noun_phrase',
-           'caption']
+           'UNSEEN_NAMES', 'Factors', 'is_held_out', 'random_streams', 'pick', 'sample_factors', 'plural',
+           'noun_phrase', 'caption']
 
 # %% ../../nbs/mini/00_factors.ipynb #c5ea5be0
 from dataclasses import dataclass
@@ -14,7 +14,10 @@ from zlib import crc32
 import numpy as np
 
 # %% ../../nbs/mini/00_factors.ipynb #3edca3df
-OBJECTS = ('bell', 'drum', 'whistle', 'bird', 'bee', 'dog', 'frog', 'clock', 'siren', 'train', 'guitar', 'cat')
+OBJECTS = (
+    'bell', 'drum', 'whistle', 'bird', 'bee', 'dog',
+    'frog', 'clock', 'siren', 'train', 'guitar', 'cat',
+)
 COUNTS = (1, 2, 3)
 SIZES = ('small', 'large')
 COLOURS = ('red', 'orange', 'yellow', 'green', 'blue', 'purple', 'white')
@@ -23,23 +26,32 @@ PLACES = ('room', 'meadow', 'beach', 'street', 'rain')
 # %% ../../nbs/mini/00_factors.ipynb #76ebcb85
 @dataclass(frozen=True)
 class Factors:
-    "The latent description of a scene"
-    object: str
-    count: int
-    size: str
-    colour: str
-    place: str
+    "What decides a scene"
+    object:str # one of `OBJECTS`
+    count:int  # one of `COUNTS`
+    size:str   # one of `SIZES`
+    colour:str # one of `COLOURS`
+    place:str  # one of `PLACES`
 
-FACTOR_VALUES = dict(object=OBJECTS, count=COUNTS, size=SIZES, colour=COLOURS, place=PLACES)
+FACTOR_VALUES = dict(
+    object=OBJECTS,
+    count=COUNTS,
+    size=SIZES,
+    colour=COLOURS,
+    place=PLACES,
+)
 
 # %% ../../nbs/mini/00_factors.ipynb #f59a2055
 def is_held_out(
     factors:Factors # a scene's factors
-)->bool:            # True if its object never meets its colour, or its place, in training
+)->bool:            # True if no training scene has its object in its colour, or in its place
     "Whether a scene belongs to the `compositions` split"
     thing = OBJECTS.index(factors.object)
-    return ((thing + COLOURS.index(factors.colour)) % len(COLOURS) == 0
-            or (thing + PLACES.index(factors.place)) % len(PLACES) == 0)
+    colour = COLOURS.index(factors.colour)
+    place = PLACES.index(factors.place)
+    held_out_colour = (thing + colour) % len(COLOURS) == 0
+    held_out_place = (thing + place) % len(PLACES) == 0
+    return held_out_colour or held_out_place
 
 # %% ../../nbs/mini/00_factors.ipynb #ee217bd8
 SPLITS = ('train', 'validation', 'test', 'compositions', 'vocabulary')
@@ -51,10 +63,22 @@ def random_streams(
     seed:int=0 # another seed is another, independent world
 )->dict:       # a numpy Generator for each of `STREAMS`
     "Independent random streams of one scene"
-    if split not in SPLITS: raise ValueError(f'unknown split {split!r}: choose one of {", ".join(SPLITS)}')
-    if index < 0 or seed < 0: raise ValueError(f'index and seed must be 0 or more, not {index} and {seed}')
+    if split not in SPLITS:
+        known = ', '.join(SPLITS)
+        raise ValueError(f'unknown split {split!r}: choose one of {known}')
+    if min(index, seed) < 0:
+        raise ValueError(f'index and seed must be 0 or more, not {index} and {seed}')
     root = np.random.SeedSequence([seed, crc32(split.encode()), index])
-    return {name: np.random.default_rng(s) for name, s in zip(STREAMS, root.spawn(len(STREAMS)))}
+    children = root.spawn(len(STREAMS))
+    return {name: np.random.default_rng(child) for name, child in zip(STREAMS, children)}
+
+# %% ../../nbs/mini/00_factors.ipynb #3c0d91aa
+def pick(
+    options:tuple,           # what to choose from
+    rng:np.random.Generator  # stream to draw from
+)->object:                   # one of `options`
+    "Draw one of the options, all equally likely"
+    return options[rng.integers(len(options))]
 
 # %% ../../nbs/mini/00_factors.ipynb #96dfc2e9
 def sample_factors(
@@ -63,30 +87,61 @@ def sample_factors(
 )->Factors:
     "Draw the factors of one scene, all values equally likely"
     while True:
-        factors = Factors(**{name: values[rng.integers(len(values))] for name, values in FACTOR_VALUES.items()})
-        if is_held_out(factors) == (split == 'compositions'): return factors
+        values = {name: pick(options, rng) for name, options in FACTOR_VALUES.items()}
+        factors = Factors(**values)
+        if is_held_out(factors) == (split == 'compositions'):
+            return factors
 
 # %% ../../nbs/mini/00_factors.ipynb #668330d0
 WORDS = {
-    1: ('a', 'one', 'a single'), 2: ('two', 'two', 'a pair of'), 3: ('three', 'three', 'a group of three'),
-    'small': ('small', 'little', 'tiny'), 'large': ('large', 'big', 'huge'),
-    'room': ('in a room', 'indoors', 'inside a house'), 'meadow': ('in a meadow', 'on the grass', 'in a green field'),
-    'beach': ('on a beach', 'by the sea', 'on the sand'), 'street': ('on a street', 'in the city', 'by a busy road'),
+    1: ('a', 'one', 'a single'),
+    2: ('two', 'two', 'a pair of'),
+    3: ('three', 'three', 'a group of three'),
+    'small': ('small', 'little', 'tiny'),
+    'large': ('large', 'big', 'huge'),
+    'room': ('in a room', 'indoors', 'inside a house'),
+    'meadow': ('in a meadow', 'on the grass', 'in a green field'),
+    'beach': ('on a beach', 'by the sea', 'on the sand'),
+    'street': ('on a street', 'in the city', 'by a busy road'),
     'rain': ('in the rain', 'on a rainy day', 'in a heavy shower'),
 }
-VERBS = dict(bell=('ringing', 'tolling'), drum=('beating', 'thumping'), whistle=('blowing', 'shrilling'),
-             bird=('chirping', 'singing'), bee=('buzzing', 'humming'), dog=('barking', 'yapping'),
-             frog=('croaking', 'ribbiting'), clock=('ticking', 'going tick tock'), siren=('wailing', 'howling'),
-             train=('hooting', 'passing by'), guitar=('being plucked', 'being strummed'), cat=('meowing', 'mewing'))
+VERBS = dict(
+    bell=('ringing', 'tolling'),
+    drum=('beating', 'thumping'),
+    whistle=('blowing', 'shrilling'),
+    bird=('chirping', 'singing'),
+    bee=('buzzing', 'humming'),
+    dog=('barking', 'yapping'),
+    frog=('croaking', 'ribbiting'),
+    clock=('ticking', 'going tick tock'),
+    siren=('wailing', 'howling'),
+    train=('hooting', 'passing by'),
+    guitar=('being plucked', 'being strummed'),
+    cat=('meowing', 'mewing'),
+)
 
 # %% ../../nbs/mini/00_factors.ipynb #9a54da6a
-UNSEEN_NAMES = dict(bell=('chime', 'gong', 'carillon'), drum=('bongo', 'snare', 'timpani'), whistle=('flute', 'piccolo', 'fife'),
-                    bird=('sparrow', 'canary', 'finch', 'robin'), bee=('wasp', 'hornet', 'bumble'), dog=('hound', 'puppy', 'terrier', 'poodle'),
-                    frog=('toad', 'amphibian', 'tadpole'), clock=('timepiece', 'stopwatch', 'metronome'), siren=('alarm', 'ambulance', 'klaxon'),
-                    train=('locomotive', 'steam engine', 'railcar'), guitar=('banjo', 'ukulele', 'mandolin', 'lute'), cat=('kitten', 'feline', 'tabby'))
+UNSEEN_NAMES = dict(
+    bell=('chime', 'gong', 'carillon'),
+    drum=('bongo', 'snare', 'timpani'),
+    whistle=('flute', 'piccolo', 'fife'),
+    bird=('sparrow', 'canary', 'finch', 'robin'),
+    bee=('wasp', 'hornet', 'bumble'),
+    dog=('hound', 'puppy', 'terrier', 'poodle'),
+    frog=('toad', 'amphibian', 'tadpole'),
+    clock=('timepiece', 'stopwatch', 'metronome'),
+    siren=('alarm', 'ambulance', 'klaxon'),
+    train=('locomotive', 'steam engine', 'railcar'),
+    guitar=('banjo', 'ukulele', 'mandolin', 'lute'),
+    cat=('kitten', 'feline', 'tabby'),
+)
 
 # %% ../../nbs/mini/00_factors.ipynb #e6bb0e3c
-def plural(noun:str)->str: return noun + ('es' if noun.endswith(('ch', 's', 'x')) else 's')
+def plural(
+    noun:str # singular
+)->str:
+    "The plural of a regular noun"
+    return noun + ('es' if noun.endswith(('ch', 's', 'x')) else 's')
 
 def noun_phrase(
     factors:Factors,         # what to describe
@@ -95,26 +150,44 @@ def noun_phrase(
     without:str=''           # `size` or `colour`, to leave it out
 )->str:
     "Count, size, colour and noun: `two little red bells`"
-    pick = lambda words: words[rng.integers(len(words))]
-    count, size = pick(WORDS[factors.count]), pick(WORDS[factors.size])
-    adjectives = [word for name, word in (('size', size), ('colour', factors.colour)) if name != without]
-    if rng.random() >= .8: adjectives.reverse()
-    words = ' '.join((*adjectives, noun if factors.count == 1 else plural(noun)))
-    article = 'an' if count == 'a' and words[0] in 'aeiou' else count
-    return f'{article} {words}'
+    count = pick(WORDS[factors.count], rng)
+    size = pick(WORDS[factors.size], rng)
+    adjectives = dict(size=size, colour=factors.colour)
+    adjectives.pop(without, None)
+    words = list(adjectives.values())
+    if rng.random() >= .8:
+        words.reverse()
+    words.append(noun if factors.count == 1 else plural(noun))
+    if count == 'a' and words[0][0] in 'aeiou':
+        count = 'an'
+    return ' '.join([count, *words])
 
 # %% ../../nbs/mini/00_factors.ipynb #2b851faf
 def caption(
-    factors:Factors,          # what to describe
-    rng:np.random.Generator,  # stream that picks the wording
-    unseen:bool=False,        # call the thing by one of its `UNSEEN_NAMES`, and leave out the verb
-    without:str=''            # `object`, `size`, `colour` or `place`, to leave it out
+    factors:Factors,         # what to describe
+    rng:np.random.Generator, # stream that picks the wording
+    unseen:bool=False,       # call the thing by one of its `UNSEEN_NAMES`, and leave out the verb
+    without:str=''           # `object`, `size`, `colour` or `place`, to leave it out
 )->str:
     "One English sentence that names every factor, or all but one"
-    names = UNSEEN_NAMES[factors.object] if unseen else ('thing',) if without == 'object' else (factors.object,)
-    thing = noun_phrase(factors, names[rng.integers(len(names))], rng, without)
-    verb = VERBS[factors.object][rng.integers(2)]
-    place = WORDS[factors.place][rng.integers(3)]
-    doing = f'{thing} {verb}' if rng.random() < .5 and not unseen and without != 'object' else thing
-    shapes = (doing,) if without == 'place' else (f'{doing} {place}', f'{place}, {doing}', f'{doing}, {place}', f'{place} there {"is" if factors.count == 1 else "are"} {doing}')
-    return shapes[rng.integers(len(shapes))]
+    names = (factors.object,)
+    if unseen:
+        names = UNSEEN_NAMES[factors.object]
+    elif without == 'object':
+        names = ('thing',)
+    thing = noun_phrase(factors, pick(names, rng), rng, without)
+    verb = pick(VERBS[factors.object], rng)
+    place = pick(WORDS[factors.place], rng)
+    with_verb = rng.random() < .5
+    if with_verb and not unseen and without != 'object':
+        thing = f'{thing} {verb}'
+    if without == 'place':
+        return thing
+    there = 'there is' if factors.count == 1 else 'there are'
+    sentences = (
+        f'{thing} {place}',
+        f'{place}, {thing}',
+        f'{thing}, {place}',
+        f'{place} {there} {thing}',
+    )
+    return pick(sentences, rng)
