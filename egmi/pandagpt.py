@@ -254,8 +254,7 @@ def merge_vicuna(
     out.parent.mkdir(parents=True, exist_ok=True)
     needed, free = sum(t.nbytes for t in sizes.values()), shutil.disk_usage(out.parent).free
     if free < needed: raise OSError(f'{out.parent} has {free / 1e9:.1f} GB free, and the weights take {needed / 1e9:.1f} GB: make room')
-    with TemporaryDirectory(dir=out.parent) as tmp:
-        beside = Path(tmp)/'llm'
+    with replacing(out) as beside:
         beside.mkdir()
         for file in beside_weights: shutil.copyfile(file, beside/file.name)
         for file, names in tqdm(plan.filename_to_tensors.items(), desc=f'merging into {out}', unit='file'):
@@ -263,7 +262,6 @@ def merge_vicuna(
             (beside/file).write_bytes(safetensors.torch.save(tensors, dict(format='pt')))
         index = dict(metadata=plan.metadata, weight_map=plan.tensor_to_filename)
         if plan.is_sharded: (beside/'model.safetensors.index.json').write_text(json.dumps(index, indent=2))
-        beside.rename(out)
 
 # %% ../nbs/05_pandagpt.ipynb #19fc9678
 class PandaGPT(nn.Module):
