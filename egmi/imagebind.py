@@ -7,7 +7,7 @@ __all__ = ['TOWERS', 'OTHER_TOWERS', 'CLIP_MEAN', 'CLIP_STD', 'TowerConfig', 'Im
            'vision_stem', 'audio_stem', 'PositionEmbedding', 'PatchTokens', 'vision_tokens', 'audio_tokens',
            'TextTokens', 'Block', 'Trunk', 'PickClass', 'Normalise', 'LogitScale', 'class_head', 'text_head',
            'ImageBind', 'eos_positions', 'read_tensors', 'load_strictly', 'check_loaded', 'load_whole', 'read_official',
-           'preprocess_images', 'clip_starts', 'clip_spectrogram', 'check_sound', 'preprocess_audio']
+           'preprocess_images', 'clip_starts', 'clip_spectrogram', 'spectrogram_input', 'preprocess_audio']
 
 # %% ../nbs/04_imagebind.ipynb #f319367a
 import json, math, pickle
@@ -16,8 +16,6 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
 
-import numpy as np
-import soxr
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -31,6 +29,7 @@ from torchvision import transforms
 from .config import replacing, write_json
 
 # %% ../nbs/04_imagebind.ipynb #e51073ad
+from .audio import as_wave, resample
 from .images import as_rgb
 
 # %% ../nbs/04_imagebind.ipynb #7476cacd
@@ -424,26 +423,29 @@ def clip_spectrogram(
     return ((x_FT - config.audio_mean) / config.audio_std)[None]
 
 # %% ../nbs/04_imagebind.ipynb #3e8cf7c5
-def check_sound(
-    sound:np.ndarray, # samples
-    sample_rate:int,  # in Hz
-    name:str          # for the error
-):
-    "Raise a ValueError unless `sound` is mono, float, finite and at least one 25 ms frame long"
-    if sound.ndim != 1 or sound.dtype.kind != 'f':
-        raise ValueError(f'{name} is {sound.dtype} of shape {sound.shape}: give one channel of float samples between -1 and 1')
-    if len(sound) < .025 * sample_rate: raise ValueError(f'{name} has {len(sound)} samples: at least 25 ms are needed')
-    if not np.isfinite(sound).all(): raise ValueError(f'{name} has NaN or infinite samples')
+def spectrogram_input(
+    sound,            # a waveform as `as_wave` takes it
+    sample_rate:int,  # of the sound, in Hz
+    config:ImageBindConfig, # gives the rate that is wanted
+    name:str          # for errors
+)->torch.Tensor:      # x_T
+    "A sound at the rate of the model; a ValueError unless it lasts a frame of 25 ms"
+    wave_T = as_wave(sound, name)
+    if len(wave_T) < .025 * sample_rate:
+        raise ValueError(f'{name} has {len(wave_T)} samples: at least 25 ms are needed')
+    return torch.from_numpy(resample(wave_T, sample_rate, config.sample_rate))
 
 # %% ../nbs/04_imagebind.ipynb #563b5f03
 def preprocess_audio(
-    sounds:list,            # float arrays, mono, between -1 and 1, of any length
+    sounds:list,            # waveforms as `as_wave` takes them, of any length
     sample_rate:int,        # of all of them, in Hz
     config:ImageBindConfig  # gives the format of the clips
 )->torch.Tensor:            # [B, N, 1, F, T]
     "Sounds as `encode_audio` takes them"
-    for i, sound in enumerate(sounds): check_sound(sound, sample_rate, f'sound {i}')
     n = round(config.clip_seconds * config.sample_rate)
-    resampled = [torch.from_numpy(soxr.resample(sound.astype(np.float32), sample_rate, config.sample_rate)) for sound in sounds]
-    return torch.stack([torch.stack([clip_spectrogram(x_T[start:start+n], config) for start in clip_starts(len(x_T), config)])
-                        for x_T in resampled])
+    rows = []
+    for i, sound in enumerate(sounds):
+        x_T = spectrogram_input(sound, sample_rate, config, f'sound {i}')
+        clips = [x_T[start:start + n] for start in clip_starts(len(x_T), config)]
+        rows.append(torch.stack([clip_spectrogram(clip_T, config) for clip_T in clips]))
+    return torch.stack(rows)
