@@ -84,11 +84,14 @@ def explain_mismatch(
     "An unmatched id of each side, and how they may belong together"
     wanted, there = dict.fromkeys(map(str, wanted)), dict.fromkeys(map(str, there))
     missing, spare = [i for i in wanted if i not in there], [i for i in there if i not in wanted]
-    spelled = {plain_spelling(i): i for i in reversed(spare)}
-    a, b = next(((i, spelled[plain_spelling(i)]) for i in missing if plain_spelling(i) in spelled), (None, None))
-    if a is not None:
-        differences = spelling_differences(a, b)
+    spelled = {plain_spelling(id): id for id in reversed(spare)}
+    for id in missing:
+        twin = spelled.get(plain_spelling(id))
+        if twin is None: continue
+        differences = spelling_differences(id, twin)
         show = ascii if 'the Unicode form' in differences else repr # which would look the same
-        return f'{show(a)} is missing but {show(b)} is there: they differ by {" and ".join(differences)}'
-    said = [f'{i!r} is missing' for i in missing[:1]] + [f'{i!r} is there but not asked for' for i in spare[:1]]
+        return f'{show(id)} is missing but {show(twin)} is there: they differ by {" and ".join(differences)}'
+    said = []
+    if missing: said.append(f'{missing[0]!r} is missing')
+    if spare: said.append(f'{spare[0]!r} is there but not asked for')
     return ', and '.join(said)

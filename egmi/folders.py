@@ -60,7 +60,8 @@ def checked_ids(
             raise TypeError(f'the id {id!r} is no text')
         if problem := id_flaw(str(id)): raise ValueError(f'the id {id!r} {problem}: give another')
         same = unicodedata.normalize('NFC', str(id)).casefold()
-        if same in seen: raise ValueError(f'the ids {seen[same]!a} and {id!a} may be one file: give each sound its own')
+        if same in seen:
+            raise ValueError(f'the ids {seen[same]!a} and {id!a} may be one file: give each sound its own')
         seen[same] = id
     return [str(id) for id in ids]
 
@@ -146,8 +147,8 @@ def read_sound(
     content = hashlib.sha256(f'{rate} Hz'.encode())
     content.update(wave_T)
     level_T, rms = np.abs(wave_T), np.sqrt(np.square(wave_T, dtype=float).mean())
-    return Sound(id, file, content.hexdigest(), len(wave_T), rate, audio_info(file).channels, float(level_T.max()),
-                 float(rms), float((level_T >= .9999).mean()), is_silent(wave_T))
+    return Sound(id, file, content.hexdigest(), len(wave_T), rate, audio_info(file).channels,
+                 float(level_T.max()), float(rms), float((level_T >= .9999).mean()), is_silent(wave_T))
 
 # %% ../nbs/13b_folders.ipynb #e0f047d7
 def read_pairs(
@@ -174,7 +175,7 @@ def resample_by_torchaudio(
 )->np.ndarray:         # float32 [T * new / old]
     "As `resample`, by torchaudio with its defaults"
     if old * new // gcd(old, new)**2 > 2**24:
-        raise ValueError(f'torchaudio would need gigabytes from {old:,} to {new:,} Hz: take the resampler soxr')
+        raise ValueError(f'torchaudio needs gigabytes from {old:,} to {new:,} Hz: take the resampler soxr')
     parts = []
     for start in range(0, len(wave_T), 60 * old):
         before = min(start, old)

@@ -1,0 +1,370 @@
+"""Sounds on their way in: forms of a waveform, cut files, silence, kinds of files, ids that pair."""
+import io
+import os
+import struct
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import soundfile
+import soxr
+import torch
+from conftest import ROOT
+
+from egmi.audio import audio_info, check_audio, read_audio, wav_bytes
+from egmi.encoders import Clap
+from egmi.folders import RESAMPLERS, find_sounds, read_pairs, read_sound, write_sounds
+from egmi.listeners import at_16k
+
+RATE = 16_000
+TONE = (.5 * np.sin(2 * np.pi * 440 * np.arange(RATE) / RATE)).astype(np.float32)
+TONE.flags.writeable = False
+
+
+def encoded(wave, rate=RATE, **options):
+    "The bytes of a file."
+    file = io.BytesIO()
+    soundfile.write(file, wave, rate, **options)
+    return file.getvalue()
+
+
+# Every way in for a waveform
+
+def through_bytes(wave): return read_audio(Buffer(wav_bytes(wave, RATE)))[0]
+
+
+def through_listeners(wave): return at_16k([wave], RATE)[0]
+
+
+def through_clap(wave):
+    clap = Clap(None, None, SimpleNamespace(sampling_rate=RATE, nb_max_samples=10 * RATE))
+    return clap.prepare(wave, RATE)
+
+
+def through_folder(wave): return read_audio(write_sounds('made', ['a'], [wave], RATE)/'a.wav')[0]
+
+
+class Buffer:
+    "Bytes that open like a file."
+    def __init__(self, data): self.data = data
+
+    def open(self, mode): return io.BytesIO(self.data)
+
+
+WAYS = [through_bytes, through_listeners, through_clap, through_folder]
+
+
+def whole_numbers(kind):
+    full = 2**(8 * np.dtype(kind).itemsize - 1)
+    zero = full if kind.startswith('u') else 0
+    return (np.rint(TONE.astype(float) * full) + zero).astype(kind)
+
+
+FORMS = {kind: whole_numbers(kind) for kind in ('int8', 'int16', 'int32', 'uint8', 'uint16')}
+FORMS |= {kind: TONE.astype(kind) for kind in ('float16', 'float32', 'float64')}
+STEREO = np.stack([1.2 * TONE, .8 * TONE])
+FORMS |= {'[2, T]': STEREO, '[T, 2]': STEREO.T, '[1, T]': TONE[None],
+          '[T, 6] int32': np.repeat(whole_numbers('int32')[:, None], 6, 1),
+          'list': whole_numbers('int16').tolist(),
+          'int64': whole_numbers('int16').astype(int), 'bfloat16': torch.tensor(TONE).bfloat16(),
+          'tensor': torch.tensor(TONE, requires_grad=True),
+          'int16 tensor': torch.tensor(whole_numbers('int16'))[None]}
+
+
+@pytest.mark.parametrize('way', WAYS)
+@pytest.mark.parametrize('form', FORMS)
+def test_every_form_is_the_same_sound(form, way, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    heard = way(FORMS[form])
+    assert heard.dtype == np.float32 and heard.shape == TONE.shape
+    np.testing.assert_allclose(heard, TONE, atol=.005)
+
+
+NO_SOUNDS = {
+    'cast': (TONE * 2**15, ValueError, 'peak of 16,384, far outside .* as integers cast to floats'),
+    'float64 cast': (whole_numbers('int32').astype(float), ValueError, 'far outside'),
+    'wide integers': (whole_numbers('int32').astype(int), ValueError, 'holds int64 beyond 16 bits'),
+    'batch': (np.stack([TONE] * 9), ValueError, r'has shape \[9, 16000\]'),
+    'square': (TONE[:4].reshape(2, 2), ValueError, r'shape \[2, 2\]'),
+    '3-d': (TONE.reshape(1, 2, -1), ValueError, r'shape \[1, 2, 8000\]'),
+    'number': (.5, ValueError, r'shape \[\]'),
+    'nan': (np.append(TONE, np.nan), ValueError, 'NaN or infinite'),
+    'inf': (np.append(TONE, -np.inf), ValueError, 'NaN or infinite'),
+    'empty': (TONE[:0], ValueError, 'zero length'),
+    'no channels': (np.zeros((0, 9)), ValueError, 'zero length'),
+    'none': (None, TypeError, 'not None'),
+    'path': ('dog.wav', TypeError, "not 'dog.wav'"),
+    'complex': (TONE * 1j, TypeError, 'complex64'),
+    'dict': (dict(array=[.5]), TypeError, "not {'array': "),
+    'ragged': ([[.5], [.5, .5]], TypeError, 'not '),
+    'holes': ([.5, None], TypeError, 'list of object'),
+    'truth': (TONE > 0, TypeError, 'ndarray of bool')}
+
+
+@pytest.mark.parametrize('way', WAYS)
+@pytest.mark.parametrize('kind', NO_SOUNDS)
+def test_what_is_no_sound_is_refused(kind, way, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    wave, error, message = NO_SOUNDS[kind]
+    with pytest.raises(error, match=f'sound.*{message}'): way(wave)
+    assert not os.listdir()
+
+
+def test_floats_may_overshoot():
+    for peak in (1.4, 7.9):
+        assert np.abs(through_bytes(TONE * 2 * peak)).max() == pytest.approx(peak, rel=1e-3)
+
+
+def test_files_of_integers_cast_to_floats_are_refused(tmp_path):
+    soundfile.write(tmp_path/'a.wav', TONE * 2**15, RATE, subtype='FLOAT')
+    with pytest.raises(ValueError, match=r'^sound .*a\.wav has a peak of 16,384, far outside'):
+        read_audio(tmp_path/'a.wav')
+
+
+# Rates
+
+def test_resample_is_soxr():
+    from egmi.audio import resample
+    noise = np.random.default_rng(0).normal(size=50_003).astype(np.float32)
+    for old, new in [(48_000, 16_000), (44_100, 16_000), (16_000, 48_000), (22_050, 16_000)]:
+        np.testing.assert_array_equal(resample(noise, old, new), soxr.resample(noise, old, new))
+
+
+@pytest.mark.parametrize('rate', [0, -16_000, 16_000.5, np.nan, '16000', None, True], ids=repr)
+def test_bad_rates(rate, tmp_path):
+    def write(): write_sounds(tmp_path/'made', ['a'], [TONE], rate)
+    for use in (lambda: wav_bytes(TONE, rate), lambda: at_16k([TONE], rate), write):
+        with pytest.raises(ValueError, match=f'positive whole number of Hz, not {rate!r}'): use()
+    assert not (tmp_path/'made').exists()
+
+
+def test_long_sounds_need_little_memory():
+    "Thirty minutes at 48 kHz are 346 MB, and 115 MB at 16 kHz."
+    code = ('import resource, numpy as np\n'
+            'from egmi.folders import RESAMPLERS\n'
+            'def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n'
+            'wave_T = np.random.default_rng(0).random(1800 * 48_000, dtype=np.float32)\n'
+            'before = peak()\n'
+            'for resample in RESAMPLERS.values(): resample(wave_T, 48_000, 16_000)\n'
+            'print(peak() - before)')
+    process = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT)
+    assert process.returncode == 0, process.stderr
+    assert int(process.stdout) < 500
+
+
+# Cut files
+
+KINDS = [
+    ('WAV', 'PCM_16'), ('WAV', 'PCM_24'), ('WAV', 'PCM_32'), ('WAV', 'PCM_U8'), ('WAV', 'FLOAT'),
+    ('WAV', 'MS_ADPCM'), ('WAVEX', 'PCM_16'), ('RF64', 'PCM_16'), ('AIFF', 'PCM_16'), ('AIFF', 'FLOAT'),
+    ('AU', 'PCM_16'), ('CAF', 'PCM_24'), ('CAF', 'ALAC_16'), ('W64', 'PCM_24'), ('FLAC', 'PCM_16'), ('FLAC', 'PCM_24'),
+    ('OGG', 'VORBIS'), ('OGG', 'OPUS'), ('MP3', 'MPEG_LAYER_III')]
+
+
+def noise(frames, channels=1):
+    return .1 * np.random.default_rng(frames).normal(size=(frames, channels)).clip(-5, 5)
+
+
+@pytest.mark.parametrize('kind, subtype', KINDS)
+def test_a_cut_file_is_bad(kind, subtype, tmp_path):
+    data = encoded(noise(30_011), 48_000, format=kind, subtype=subtype)
+    for end in (len(data) - 10, len(data) - 100, len(data) // 2, len(data) // 10, 40):
+        (tmp_path/'cut').write_bytes(data[:end])
+        for look in (check_audio, read_audio):
+            with pytest.raises(ValueError, match=r'^sound .*cut (is cut off|cannot be read|has zero length)'):
+                look(tmp_path/'cut')
+
+
+@pytest.mark.parametrize('kind, subtype', KINDS)
+def test_a_whole_file_is_good(kind, subtype, tmp_path):
+    for rate in (8_000, 44_100, 48_000):
+        if (kind, rate) == ('OGG', 44_100) and subtype == 'OPUS': continue
+        for frames in (1, 3, 576, 1_153, 4_097, 30_011):
+            for channels in (1, 2):
+                data = encoded(noise(frames, channels), rate, format=kind, subtype=subtype)
+                (tmp_path/'whole').write_bytes(data)
+                check_audio(tmp_path/'whole')
+                expected, _ = soundfile.read(io.BytesIO(data), always_2d=True)
+                np.testing.assert_allclose(read_audio(tmp_path/'whole')[0], expected.mean(1), atol=1e-6)
+
+
+def with_data_size(wav, size):
+    at = wav.index(b'data') + 4
+    return wav[:at] + struct.pack('<I', size) + wav[at + 4:]
+
+
+def odd_files():
+    "Whole files that a careless check would refuse, and cut ones that it would let pass: bytes, whole?"
+    wav, mp3 = encoded(noise(30_001), format='WAV', subtype='PCM_16'), encoded(noise(30_001), format='MP3')
+    remark = b'ICMT' + struct.pack('<I', 50) + b'x' * 50
+    remarks = b'LIST' + struct.pack('<I', 4 + 100 * len(remark)) + b'INFO' + 100 * remark
+    remarked = wav[:36] + remarks + wav[36:]
+    before, after = b'ID3\3\0\0\0\0\2\0' + bytes(256), b'TAG' + bytes(125)
+    constant = encoded(noise(30_001), format='MP3', bitrate_mode='CONSTANT', compression_level=.9)
+    assert b'Xing' not in constant and b'Info' not in constant
+    return {'list after data': (wav + remarks, True),
+            'list after data, cut': ((wav + remarks)[:-90], True),
+            'list before data': (remarked, True),
+            'list before data, cut': (remarked[:-90], False),
+            'no padding byte': (encoded(noise(3_001), format='WAV', subtype='PCM_24')[:-1], True),
+            'stream': (with_data_size(wav, 2**32 - 1)[:-90], True),
+            'stream of sox': (with_data_size(wav, 0x7FFFF000), True),
+            'id3 before': (before + mp3, True),
+            'id3 before, cut': ((before + mp3)[:-90], False),
+            'id3 after': (mp3 + after, True),
+            'mp3 without a length': (constant, True),
+            'average rate': (encoded(noise(30_001), format='MP3', bitrate_mode='AVERAGE'), True),
+            'ogg and a tag': (encoded(noise(30_001), format='OGG') + after, True)}
+
+
+ODD = odd_files()
+
+
+@pytest.mark.parametrize('name', ODD)
+def test_odd_files(name, tmp_path):
+    data, whole = ODD[name]
+    (tmp_path/'odd').write_bytes(data)
+    for look in (check_audio, read_audio):
+        if whole: look(tmp_path/'odd')
+        else:
+            with pytest.raises(ValueError, match='is cut off'): look(tmp_path/'odd')
+
+
+def test_checking_decodes_one_sample(tmp_path, monkeypatch):
+    decoded, read = [], soundfile.SoundFile.read
+
+    def counted(self, *arguments, **options):
+        samples = read(self, *arguments, **options)
+        decoded.append(len(samples))
+        return samples
+
+    monkeypatch.setattr(soundfile.SoundFile, 'read', counted)
+    for kind, subtype in KINDS:
+        (tmp_path/'sound').write_bytes(encoded(noise(30_011), 48_000, format=kind, subtype=subtype))
+        check_audio(tmp_path/'sound')
+    assert len(decoded) == len(KINDS) and max(decoded) == 1
+
+
+def test_a_flac_without_a_length_says_so(tmp_path):
+    data = bytearray(encoded(TONE, format='FLAC'))
+    data[21] &= 0xF0
+    data[22:26] = bytes(4)
+    (tmp_path/'piped.flac').write_bytes(data)
+    with pytest.raises(ValueError, match='does not say how long it is: convert it'):
+        read_audio(tmp_path/'piped.flac')
+
+
+# Silence
+
+DITHER = np.random.default_rng(0).uniform(-5e-5, 5e-5, RATE)
+SILENT = {'zeros': np.zeros(RATE), 'constant': np.full(RATE, .25), 'dither': DITHER, 'offset': DITHER - .4}
+CLICK = np.where(np.arange(RATE) == 99, .26, .25)
+
+
+@pytest.mark.parametrize('kind', SILENT)
+def test_silence_is_what_cannot_be_heard(kind, tmp_path):
+    soundfile.write(tmp_path/'a.wav', SILENT[kind], RATE, subtype='FLOAT')
+    check_audio(tmp_path/'a.wav')
+    with pytest.raises(ValueError, match=r'a\.wav is silent'): check_audio(tmp_path/'a.wav', decode=True)
+    assert read_sound('a', tmp_path/'a.wav').silent
+
+
+def test_a_click_is_heard(tmp_path):
+    for name, wave in dict(click=CLICK, faint=TONE / 3_000 + .25).items():
+        soundfile.write(tmp_path/f'{name}.wav', wave, RATE, subtype='FLOAT')
+        check_audio(tmp_path/f'{name}.wav', decode=True)
+        assert not read_sound(name, tmp_path/f'{name}.wav').silent
+
+
+def test_a_constant_reference_is_an_error(tmp_path):
+    real = write_sounds(tmp_path/'real', ['a', 'b'], [TONE, SILENT['constant']], RATE)
+    with pytest.raises(ValueError, match=r'^reference .*b\.wav is silent'):
+        read_pairs(real, real, progress=False)
+
+
+# Kinds of files
+
+def test_every_kind_that_can_be_read_is_found(tmp_path):
+    kinds = dict(wav='WAV', flac='FLAC', ogg='OGG', oga='OGG', opus='OGG', mp3='MP3', aiff='AIFF', aif='AIFF',
+                 au='AU', caf='CAF', w64='W64')
+    for n, (ending, kind) in enumerate(kinds.items()):
+        subtype = 'OPUS' if ending == 'opus' else None
+        name = f'{n:02}.{ending.upper() if n % 2 else ending}'
+        (tmp_path/name).write_bytes(encoded(TONE, format=kind, subtype=subtype))
+    found = find_sounds(tmp_path)
+    assert list(found) == [f'{n:02}' for n in range(len(kinds))]
+    for file in found.values(): assert len(read_audio(file)[0]) == audio_info(file).frames == RATE
+
+
+@pytest.mark.parametrize('name', ['b.m4a', 'b.WMA', 'b.aac', 'sub/b.webm'])
+def test_other_kinds_are_named(name, tmp_path):
+    write_sounds(tmp_path, ['a'], [TONE], RATE)
+    (tmp_path/name).parent.mkdir(exist_ok=True)
+    (tmp_path/name).write_bytes(b'\0\0\0\x1cftypM4A ')
+    message = f'{name}.* is of a kind that is not read here: convert it, for instance by `ffmpeg'
+    for look, given in [(find_sounds, tmp_path), (read_audio, tmp_path/name), (check_audio, tmp_path/name)]:
+        with pytest.raises(ValueError, match=message): look(given)
+    write_sounds(tmp_path, [name.rsplit('.', 1)[0]], [TONE], RATE)
+    assert len(find_sounds(tmp_path)) == 2
+
+
+def test_hidden_files_and_folders_are_no_sounds(tmp_path):
+    write_sounds(tmp_path, ['a', 'b/c'], [TONE] * 2, RATE)
+    for name in ('._a.wav', 'b/._c.m4a', '.trash/d.wav', 'b/.old/e.wav'):
+        (tmp_path/name).parent.mkdir(exist_ok=True)
+        (tmp_path/name).write_bytes(b'hidden')
+    (tmp_path/'folder.wav').mkdir()
+    assert list(find_sounds(tmp_path)) == ['a', 'b/c']
+
+
+# Ids
+
+@pytest.mark.parametrize('ids, message', [
+    (['a', 'a'], "the ids 'a' and 'a' may be one file"), (['a', 'A'], "'a' and 'A' may be one file"),
+    (['\u00e9', 'e\u0301'], r"'\\xe9' and 'e\\u0301' may be one file"),
+    ([1, '1'], "1 and '1' may be one file"),
+    (['a', '../b'], r"'\.\./b' has a part that begins with a dot"),
+    (['a', '/tmp/b'], "'/tmp/b' is empty or has an empty part"),
+    (['a', ''], "'' is empty"), (['a', 'a/'], "'a/' is empty or has an empty part"),
+    (['a', '.b'], 'begins with a dot'),
+    (['a', 'b\\..\\c'], 'holds a backslash'), (['a', 'b' * 252], 'too long'),
+    (['a', None], 'the id None is no text'), (['a', float('nan')], 'the id nan is no text')])
+def test_ids_are_checked_before_anything_is_written(ids, message, tmp_path):
+    with pytest.raises((ValueError, TypeError), match=message):
+        write_sounds(tmp_path/'in/made', ids, [TONE] * 2, RATE)
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize('wanted, there, reason', [
+    ('abc', 'abc.wav', 'a suffix of ids'), ('0012', '12', 'leading zeros'),
+    ('caf\u00e9', 'cafe\u0301', 'the Unicode form'),
+    ('Abc', 'abc', 'upper and lower case'), ('clips/abc', 'abc', 'a folder in ids'),
+    ('abc', 'abc ', 'blanks around ids'),
+    ('clips/Abc', 'abc', 'a folder in ids and upper and lower case')])
+def test_ids_that_do_not_pair_are_explained(wanted, there, reason, tmp_path):
+    real = write_sounds(tmp_path/'real', [wanted, 'b'], [TONE] * 2, RATE)
+    made = write_sounds(tmp_path/'made', [there, 'b'], [TONE] * 2, RATE)
+    with pytest.raises(ValueError) as error: read_pairs(real, made, progress=False)
+    show = ascii if reason == 'the Unicode form' else repr
+    explained = f'{show(wanted)} is missing but {show(there)} is there: they differ by {reason}'
+    assert str(error.value).endswith(explained)
+
+
+def test_ids_without_a_likeness_are_both_shown(tmp_path):
+    real, made = (write_sounds(tmp_path/name, [name, 'b'], [TONE] * 2, RATE) for name in ('real', 'made'))
+    with pytest.raises(ValueError, match="'real' is missing, and 'made' is there but not asked for"):
+        read_pairs(real, made, progress=False)
+
+
+def test_captions_that_do_not_pair_are_explained(tmp_path):
+    real = write_sounds(tmp_path/'real', ['007', 'b'], [TONE] * 2, RATE)
+    with pytest.raises(ValueError, match="'007' is missing but '7' is there: they differ by leading zeros"):
+        read_pairs(real, real, {'7': 'a bell', 'b': 'a dog'}, progress=False)
+
+
+def test_many_ids_are_explained_at_once():
+    from egmi.files import explain_mismatch
+    ids = [f'clip {n:06}' for n in range(50_000)]
+    assert 'a suffix of ids' in explain_mismatch(ids, [f'{id}.wav' for id in ids])
