@@ -235,6 +235,7 @@ def parse_record(
     try: fields = next(reader)
     except csv.Error: return 'has a stray quote', 1
     if swallows_rows(fields, n_columns, key): return 'has a stray quote', 1
+    while len(fields) > n_columns and not fields[-1]: fields.pop() # commas that a spreadsheet adds
     if len(fields) > n_columns:
         return f'has {len(fields)} fields, not {n_columns} (captions with commas belong in quotes)', 1
     return fields + [''] * (n_columns - len(fields)), reader.line_num

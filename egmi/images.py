@@ -22,11 +22,9 @@ def white_level(
     name:str           # of the picture, for errors
 )->int:
     "The value that stands for white"
-    if pixels.dtype.kind not in 'biuf':
-        raise TypeError(f'{name} is an array of {pixels.dtype}, not of numbers')
     low, high = pixels.min(), pixels.max()
     if pixels.dtype.kind in 'bf': levels = [1]
-    elif pixels.dtype in (np.uint8, np.uint16): levels = [np.iinfo(pixels.dtype).max]
+    elif pixels.dtype.kind == 'u' and pixels.dtype.itemsize <= 2: levels = [np.iinfo(pixels.dtype).max]
     else: levels = [255, 65_535, min(np.iinfo(pixels.dtype).max, 2**32 - 1)]
     slack = 1e-3 if pixels.dtype.kind == 'f' else 0 # for rounding
     level = next((w for w in levels if high <= w + slack), None)
@@ -51,7 +49,9 @@ def from_array(
     name:str               # of the picture, for errors
 )->Image.Image:            # of mode L, RGB or RGBA
     "An array as a picture"
-    shape = pixels_HWC.shape
+    shape, kind = pixels_HWC.shape, pixels_HWC.dtype
+    if kind.kind not in 'biuf':
+        raise TypeError(f'{name} is an array of {kind}, not of numbers')
     if 0 in shape:
         raise ValueError(f'{name} has no pixels: its shape is {list(shape)}')
     if len(shape) not in (2, 3) or shape[2:] not in ((), (1,), (3,), (4,)):
