@@ -188,7 +188,7 @@ def edit(self:EGMI,
     text,                            # what to change: one text or a list; None leaves it to the sound
     audio,                           # one float32 waveform or a list of equally long ones
     sample_rate:int,                 # of `audio`, Hz
-    strength:float=.6,               # 1 keeps of the sound only what the prompt heard; below 1/steps no step is taken: autoencoder and vocoder only
+    strength:float=.6,               # 1 keeps of the sound its level and what the prompt heard; below 1/steps no step is taken: autoencoder and vocoder only
     generator:torch.Generator=None,  # source of all randomness; None is the global one
     steps:int=None,                  # denoising steps of a whole generation; None takes the preset's, as the next does
     guidance_scale:float=None,
