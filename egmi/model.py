@@ -237,7 +237,7 @@ def edit(self:EGMI,
     text,                            # what to change: one text or many; None leaves it to the sound
     audio,                           # one waveform or many equally long ones
     sample_rate:int,                 # of `audio`, Hz
-    strength:float=.6,               # 1 keeps of the sound only what the prompt heard; below 1/steps no step is taken: autoencoder and vocoder only
+    strength:float=.6,               # 1 keeps of the sound its level and what the prompt heard; below 1/steps no step is taken: autoencoder and vocoder only
     generator:torch.Generator=None,  # source of all randomness; None is the global one
     steps:int=None,                  # denoising steps of a whole generation; None takes the preset's, as the next does
     guidance_scale:float=None,       # 1 or less turns guidance off, as in diffusers
