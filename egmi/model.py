@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['save_conditioner', 'trained', 'load_conditioner', 'load_panda', 'load_generators', 'mapper_config', 'EGMIOutput',
-           'EGMI', 'as_text', 'as_picture', 'as_sound', 'one_text', 'one_picture', 'one_sound', 'listed',
+           'EGMI', 'short', 'as_text', 'as_picture', 'as_sound', 'one_text', 'one_picture', 'one_sound', 'listed',
            'check_outputs']
 
 # %% ../nbs/10_model.ipynb #c4fa55fd
@@ -131,21 +131,26 @@ class EGMI:
         save_conditioner(self.conditioner, folder, system, self.preset.name)
 
 # %% ../nbs/10_model.ipynb #8fceb013
+def short(x)->str:
+    "What something is, in one line"
+    if getattr(x, 'ndim', 0): return f'{type(x).__name__} of shape {list(x.shape)}'
+    return ' '.join(reprlib.repr(x).split())
+
 def as_text(text, name:str)->str:
     "A text, or a TypeError"
     if isinstance(text, str): return str(text)
-    raise TypeError(f'{name} is {reprlib.repr(text)}, not a text: give a string')
+    raise TypeError(f'{name} must be a string, not {short(text)}')
 
 def as_picture(image, name:str)->Image.Image:
     "A picture, or a TypeError"
     if isinstance(image, np.ndarray): image = Image.fromarray(image)
     if isinstance(image, Image.Image): return image
-    raise TypeError(f'{name} is {reprlib.repr(image)}, not a picture: give a PIL image or an array of [H, W, 3]')
+    raise TypeError(f'{name} must be a PIL picture or an array, not {short(image)}')
 
 def as_sound(wave, name:str)->np.ndarray:
     "Samples, or a TypeError"
     if hasattr(wave, 'dtype') and wave.dtype != object: return np.asarray(wave)
-    raise TypeError(f'{name} is {reprlib.repr(wave)}, not a sound: give an array of samples')
+    raise TypeError(f'{name} must be an array of samples, not {short(wave)}')
 
 def one_text(x)->bool: return getattr(x, 'ndim', 1) != 1               # a table is not a list of its column names
 def one_picture(x)->bool: return getattr(x, 'ndim', 1) in (0, 2, 3)
