@@ -1,0 +1,134 @@
+"""What is loaded is whole, what does not belong together is refused, and merging Vicuna takes little memory."""
+import subprocess
+import sys
+from unittest import mock
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from egmi.encoders import Clap, TransformersClip
+from egmi.generators import AudioLDM, StableDiffusion
+from egmi.imagebind import ImageBind, load_whole
+from egmi.pandagpt import PandaGPT, load_llm, smollm2_path
+from egmi.rehearsal import TINY, draw, write_audioldm, write_clap, write_clip, write_imagebind, write_llm, write_stable_diffusion
+
+# (writes a folder, loads it, its subfolder, part of the names that get lost, class in the error)
+PARTS = [(write_stable_diffusion, StableDiffusion.from_pretrained, 'text_encoder', 'final_layer_norm', 'CLIPTextModel'),
+         (write_stable_diffusion, StableDiffusion.from_pretrained, 'unet', 'conv_in', 'UNet2DConditionModel'),
+         (write_stable_diffusion, StableDiffusion.from_pretrained, 'vae', 'encoder', 'AutoencoderKL'),
+         (write_audioldm, AudioLDM.from_pretrained, 'text_encoder', 'text_projection', 'ClapTextModelWithProjection'),
+         (write_audioldm, AudioLDM.from_pretrained, 'unet', 'class_embedding', 'UNet2DConditionModel'),
+         (write_audioldm, AudioLDM.from_pretrained, 'vae', 'decoder', 'AutoencoderKL'),
+         (write_audioldm, AudioLDM.from_pretrained, 'vocoder', 'mean', 'SpeechT5HifiGan'),
+         (write_clip, TransformersClip, '', 'vision_model', 'CLIPModel'),
+         (write_clip, TransformersClip, '', 'visual_projection', 'CLIPModel'),
+         (write_clap, Clap.from_pretrained, '', 'audio_model', 'ClapModel'),
+         (write_clap, Clap.from_pretrained, '', 'running_var', 'ClapModel'),
+         (write_llm, load_llm, '', 'layers.1', 'LlamaForCausalLM')]
+
+
+@pytest.fixture(scope='module')
+def written(tmp_path_factory):
+    "Writes a folder of tiny weights once."
+    folders = {}
+
+    def write(writer):
+        if writer not in folders:
+            folders[writer] = tmp_path_factory.mktemp('weights')/'folder'
+            writer(TINY, folders[writer])
+        return folders[writer]
+    return write
+
+
+@pytest.mark.parametrize('writer, load, part, lost, kind', PARTS, ids=[f'{row[0].__name__[6:]}-{row[2]}-{row[3]}' for row in PARTS])
+def test_files_that_lack_weights(written, writer, load, part, lost, kind):
+    folder = written(writer)
+    file, = (folder/part).glob('*.safetensors')
+    content, state = file.read_bytes(), load_file(file)
+    names = sorted(name for name, t in state.items() if lost in name and t.is_floating_point())
+    place = str(folder/part)
+    try:
+        save_file({name: t.clone() for name, t in state.items() if lost not in name}, file, metadata=dict(format='pt'))
+        with pytest.raises(ValueError) as error: load(folder)
+        assert str(error.value).startswith(f'{place} lacks {len(names)} weights of {kind}: {names[0]}')
+        name = names[-1]
+        wrong = torch.zeros(3, 3, 3)
+        save_file({k: t.clone() for k, t in state.items()} | {name: wrong}, file, metadata=dict(format='pt'))
+        with pytest.raises(ValueError) as error: load(folder)
+        assert str(error.value).startswith(f'{place} does not fit its config in 1 weights, first {name}: ')
+        file.write_bytes(content[:len(content) // 2])
+        with pytest.raises((ValueError, FileNotFoundError)) as error: load(folder)
+        assert place in str(error.value) and '\n' not in str(error.value)
+    finally:
+        file.write_bytes(content)
+    load(folder)
+
+
+def test_damaged_imagebind(tmp_path):
+    write_imagebind(TINY, tmp_path/'imagebind')
+    for damaged, load in ((tmp_path/'imagebind/model.safetensors', lambda: ImageBind.from_pretrained(tmp_path/'imagebind')),
+                          (tmp_path/'imagebind_huge.pth', lambda: ImageBind.from_pretrained(tmp_path/'imagebind_huge.pth'))):
+        damaged.write_bytes(b'<html>' * 99)
+        with pytest.raises(ValueError, match=f'{damaged} is damaged'): load()
+
+
+def test_old_vae_is_whole(tmp_path):
+    "Before diffusers 0.18 the attention of a VAE had other names."
+    torch.manual_seed(0)
+    vae = draw(TINY, 'image_vae').float()
+    vae.save_config(tmp_path)
+    old_names = dict(to_q='query', to_k='key', to_v='value', to_out='proj_attn')
+    state = {}
+    for name, t in vae.state_dict().items():
+        old = name.replace('.to_out.0.', '.to_out.')
+        for new, before in old_names.items(): old = old.replace(f'attentions.0.{new}.', f'attentions.0.{before}.')
+        state[old] = t
+    assert 'encoder.mid_block.attentions.0.proj_attn.weight' in state
+    torch.save(state, tmp_path/'diffusion_pytorch_model.bin')
+    for name, t in load_whole(AutoencoderKL, tmp_path).state_dict().items(): assert torch.equal(t, vae.state_dict()[name])
+
+
+def test_the_cache_has_no_name():
+    "transformers 5.24 calls it `cache` and warns of `past_key_values`; by position it goes in everywhere."
+    panda = PandaGPT(*load_llm(smollm2_path()), d_imagebind=8)
+    forward = panda.llm.model.forward
+    def strict(*args, **kwargs):
+        assert not {'past_key_values', 'cache'} & kwargs.keys()
+        return forward(*args, **kwargs)
+    with mock.patch.object(panda.llm.model, 'forward', strict):
+        prompts = panda.embed_prompts(['a dog barks', 'two bells'])
+        tokens_B16D = panda.llm.get_input_embeddings().weight[:16].expand(2, -1, -1)
+        h_B16D = panda.tail(panda.prefix(*prompts), tokens_B16D)
+    assert torch.allclose(h_B16D, panda.full(*prompts, tokens_B16D), atol=1e-3)
+
+
+MERGE = """
+import resource, sys
+import psutil
+from egmi.pandagpt import merge_vicuna
+before = psutil.Process().memory_info().rss
+merge_vicuna(*sys.argv[1:], shard_size=10_000_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+"""
+
+
+def test_merging_takes_the_memory_of_a_few_tensors(tmp_path):
+    "Both models are 140 MB in one file each; the merge needs three shards of 10 MB and a tensor or two."
+    for name, rows, gain in (('llama', 2000, 1), ('delta', 2001, 0)):
+        config = LlamaConfig(vocab_size=rows, hidden_size=512, intermediate_size=2048, num_hidden_layers=16, num_attention_heads=8)
+        with torch.device('meta'): names = LlamaForCausalLM(config).state_dict()
+        (tmp_path/name).mkdir()
+        config.save_pretrained(tmp_path/name)
+        state = {k: torch.full(t.shape, gain if 'norm' in k else .1, dtype=torch.float16) for k, t in names.items()}
+        torch.save(state, tmp_path/name/'pytorch_model.bin')
+        (tmp_path/name/'tokenizer.model').write_bytes(b'')
+    size = (tmp_path/'llama/pytorch_model.bin').stat().st_size
+    process = subprocess.run([sys.executable, '-c', MERGE, *(tmp_path/name for name in ('llama', 'delta', 'vicuna'))],
+                             check=True, capture_output=True, text=True)
+    taken = int(process.stdout)
+    print(f'{taken / 1e6:.0f} MB for two models of {size / 1e6:.0f} MB')
+    assert size > 135e6 and taken < .6 * size
+    assert len(list((tmp_path/'vicuna').glob('*.safetensors'))) > 10
