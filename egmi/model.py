@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['save_conditioner', 'trained', 'load_conditioner', 'load_panda', 'load_generators', 'mapper_config', 'EGMIOutput',
-           'EGMI', 'short', 'as_text', 'as_picture', 'as_sound', 'one_text', 'one_picture', 'one_sound', 'listed',
-           'check_outputs']
+           'EGMI', 'short', 'as_text', 'one_text', 'one_picture', 'one_sound', 'listed', 'check_outputs']
 
 # %% ../nbs/10_model.ipynb #c4fa55fd
 import json, reprlib
@@ -15,14 +14,14 @@ from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
-import soxr
 import torch
 from fastcore.basics import ifnone, patch
-from PIL import Image
 from safetensors.torch import load_model, save_file
 
+from .audio import as_wave, resample
 from .config import component_path, get_preset, pick_device, replacing, require_number, require_positive, write_json
 from .generators import AudioLDM, StableDiffusion, check_strength, generators_for
+from .images import as_rgb
 from .mapper import MapperConfig
 from .pandagpt import QUESTION, PandaGPT
 from .training import BASELINES, MAPPERS, Conditioner, Targets, cache_prefixes, make_conditioner, predict_conditions
@@ -141,20 +140,17 @@ def as_text(text, name:str)->str:
     if isinstance(text, str): return str(text)
     raise TypeError(f'{name} must be a string, not {short(text)}')
 
-def as_picture(image, name:str)->Image.Image:
-    "A picture, or a TypeError"
-    if isinstance(image, np.ndarray): image = Image.fromarray(image)
-    if isinstance(image, Image.Image): return image
-    raise TypeError(f'{name} must be a PIL picture or an array, not {short(image)}')
-
-def as_sound(wave, name:str)->np.ndarray:
-    "Samples, or a TypeError"
-    if hasattr(wave, 'dtype') and wave.dtype != object: return np.asarray(wave)
-    raise TypeError(f'{name} must be an array of samples, not {short(wave)}')
-
 def one_text(x)->bool: return getattr(x, 'ndim', 1) != 1               # a table is not a list of its column names
 def one_picture(x)->bool: return getattr(x, 'ndim', 1) in (0, 2, 3)
-def one_sound(x)->bool: return getattr(x, 'dtype', object) != object
+
+def one_sound(x)->bool:
+    "Whether an array is one sound; a ValueError where its rows may be sounds as well as channels"
+    if getattr(x, 'dtype', object) == object: return False
+    shape = tuple(np.shape(x))
+    if len(shape) == 2 and shape[0] < shape[1]:
+        raise ValueError(f'audio of shape {shape} may be {shape[0]} sounds or one with {shape[0]} channels: '
+                         'give list(audio) or audio.mean(0)')
+    return True
 
 def listed(
     given,    # one thing, many, or None
@@ -172,8 +168,8 @@ def listed(
 def prompts(self:EGMI, text, images, audio, sample_rate)->tuple:
     "Texts and features of B prompts, each input being one thing, B of them, or None"
     text = listed(text, 'text', one_text, as_text)
-    images = listed(images, 'images', one_picture, as_picture)
-    audio = listed(audio, 'audio', one_sound, as_sound)
+    images = listed(images, 'images', one_picture, as_rgb)
+    audio = listed(audio, 'audio', one_sound, as_wave)
     sizes = {name: len(x) for name, x in dict(text=text, images=images, audio=audio).items() if x is not None}
     if len(set(sizes.values())) != 1: raise ValueError(f'give text, images or audio, equally many of each, not {sizes or "nothing"}')
     if 0 in sizes.values(): raise ValueError(f'there is nothing to generate: {", ".join(sizes)} is empty')
@@ -246,7 +242,7 @@ def edit(self:EGMI,
     text,                            # what to change: one text or many; None leaves it to the sound
     audio,                           # one waveform or many equally long ones
     sample_rate:int,                 # of `audio`, Hz
-    strength:float=.6,               # 1 keeps of the sound only what the prompt heard; below 1/steps no step is taken: autoencoder and vocoder only
+    strength:float=.6,               # 1 keeps of the sound its level and what the prompt heard; below 1/steps no step is taken: autoencoder and vocoder only
     generator:torch.Generator=None,  # source of all randomness; None is the global one
     steps:int=None,                  # denoising steps of a whole generation; None takes the preset's, as the next does
     guidance_scale:float=None,       # 1 or less turns guidance off, as in diffusers
@@ -257,12 +253,12 @@ def edit(self:EGMI,
     check_strength(strength)
     require_positive(steps=steps)
     require_number(guidance_scale=guidance_scale)
-    sounds = listed(audio, 'audio', one_sound, as_sound)
+    sounds = listed(audio, 'audio', one_sound, as_wave)
     if not sounds: raise ValueError('there is nothing to edit: give one sound or many as audio')
     rate, lengths = self.audioldm.vocoder.config.sampling_rate, {len(x) for x in sounds}
     if len(lengths) > 1: raise ValueError(f'the sounds have {len(lengths)} different lengths: edit sounds of different lengths one by one')
     clap_BC = self.conditions(text, audio=sounds, sample_rate=sample_rate).clap_NC
-    wave_BT = np.stack([soxr.resample(x, sample_rate, rate) for x in sounds])
+    wave_BT = np.stack([resample(x, sample_rate, rate) for x in sounds])
     seeds = torch.randint(2**31, (len(wave_BT),), generator=generator)
     edited = self.audioldm.edit(clap_BC, wave_BT, strength, generator=generators_for(seeds), steps=steps,
                                 guidance_scale=guidance_scale, progress=progress)
