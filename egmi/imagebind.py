@@ -6,13 +6,13 @@
 __all__ = ['TOWERS', 'OTHER_TOWERS', 'CLIP_MEAN', 'CLIP_STD', 'TowerConfig', 'ImageBindConfig', 'RepeatFrame', 'Stem',
            'vision_stem', 'audio_stem', 'PositionEmbedding', 'PatchTokens', 'vision_tokens', 'audio_tokens',
            'TextTokens', 'Block', 'Trunk', 'PickClass', 'Normalise', 'LogitScale', 'class_head', 'text_head',
-           'ImageBind', 'eos_positions', 'load_strictly', 'read_official', 'preprocess_images', 'clip_starts',
-           'clip_spectrogram', 'check_sound', 'preprocess_audio']
+           'ImageBind', 'eos_positions', 'load_strictly', 'read_official', 'official_config', 'preprocess_images',
+           'clip_starts', 'clip_spectrogram', 'check_sound', 'preprocess_audio']
 
 # %% ../nbs/04_imagebind.ipynb #f319367a
 import json, math
 from collections import Counter, OrderedDict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -328,15 +328,29 @@ def read_official(
     other = {name: tower for name in state for tower in OTHER_TOWERS if f'.{tower}.' in name}
     return {name: t for name, t in state.items() if name not in other}, Counter(other.values())
 
+# %% ../nbs/04_imagebind.ipynb #c81f52d0
+def official_config(
+    state:dict # parameter name -> tensor
+)->ImageBindConfig:
+    "Sizes of an official checkpoint, or the published ones where it lacks what would show them"
+    huge, words = ImageBindConfig.huge(), state.get('modality_preprocessors.text.token_embedding.weight')
+    head, norm = state.get('modality_heads.vision.2.weight'), 'modality_trunks.{}.blocks.0.norm_1.weight'
+    if words is None or head is None or not all(norm.format(name) in state for name in TOWERS): return huge
+    towers = {}
+    for name in TOWERS:
+        depth = sum(key.startswith(f'modality_trunks.{name}.') and key.endswith('.norm_1.weight') for key in state)
+        towers[name] = TowerConfig(len(state[norm.format(name)]), depth, getattr(huge, name).heads)
+    return replace(huge, embed_dim=len(head), vocab=len(words), eos_id=len(words) - 1, **towers)
+
 # %% ../nbs/04_imagebind.ipynb #4b336f3c
 @patch(cls_method=True)
 def from_official(cls:ImageBind,
-    path,                                       # `imagebind_huge.pth`
-    config:ImageBindConfig=ImageBindConfig()    # sizes
+    path,                       # `imagebind_huge.pth`
+    config:ImageBindConfig=None # sizes; None reads them off the tensors
 )->ImageBind:
     "Load an official checkpoint"
     state, _ = read_official(path)
-    return cls.from_state(config, state, path)
+    return cls.from_state(config or official_config(state), state, path)
 
 # %% ../nbs/04_imagebind.ipynb #aaa3e26b
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
