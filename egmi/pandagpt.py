@@ -119,7 +119,7 @@ def load_llm(
 )->tuple:                            # (llm, tokenizer)
     "A causal LLM and its tokenizer; FileNotFoundError if there is none at `source`, ValueError if they do not fit"
     from transformers import AutoModelForCausalLM
-    path = smollm2_path() if source == SMOLLM2 else source
+    path = smollm2_path() if source == SMOLLM2 else component_path(source)
     try:
         llm, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation='sdpa', output_loading_info=True)
         tokenizer = load_tokenizer(path)
