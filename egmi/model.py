@@ -18,7 +18,7 @@ import torch
 from fastcore.basics import patch
 from safetensors.torch import load_model, save_file
 
-from .config import component_path, get_preset, pick_device, replacing, write_json
+from .config import component_path, get_preset, pick_device, pick_dtype, replacing, write_json
 from .generators import AudioLDM, StableDiffusion, check_strength, generators_for
 from .mapper import MapperConfig
 from .pandagpt import QUESTION, PandaGPT
@@ -40,9 +40,10 @@ def save_conditioner(
 
 # %% ../nbs/10_model.ipynb #760d1f3a
 def trained(
-    source,                  # `mini`, or a folder written by `save_conditioner`
-    systems=('EGMI mapper',) # names in `MAPPERS` or `BASELINES` that will do
-)->tuple:                    # folder, name of the preset
+    source,                   # `mini`, or a folder written by `save_conditioner`
+    systems=('EGMI mapper',), # names in `MAPPERS` or `BASELINES` that will do
+    wanted:str=None           # name of the preset whose frozen parts it is to work with; None takes any
+)->tuple:                     # folder, name of the preset
     "Where a trained part lies, and whose frozen parts it was trained with"
     folder = Path(component_path('egmi') if source == 'mini' else source)
     for name in ('config.json', 'model.safetensors'):
@@ -51,6 +52,8 @@ def trained(
     try: preset, system, _ = itemgetter('preset', 'system', 'mapper')(json.loads((folder/'config.json').read_text()))
     except (ValueError, KeyError, TypeError) as e: raise ValueError(f'{folder}/config.json is not that of a trained mapper: give a folder written by save_pretrained') from e
     if system not in systems: raise ValueError(f'{folder} holds a {system}, and wanted is: {", ".join(systems)}: give another folder')
+    if wanted not in (None, preset):
+        raise ValueError(f'mapper {folder} was trained with preset {preset!r}, not {wanted!r}: choose -p preset {preset}')
     return folder, preset
 
 def load_conditioner(
@@ -69,15 +72,17 @@ def load_panda(
     device='cpu'
 )->PandaGPT:
     "The frozen multimodal LLM of a preset"
-    return PandaGPT.from_pretrained(preset.llm, preset.imagebind, preset.pandagpt, getattr(torch, preset.llm_dtype), device)
+    dtype = pick_dtype(preset.llm_dtype, device)
+    return PandaGPT.from_pretrained(preset.llm, preset.imagebind, preset.pandagpt, dtype, device)
 
 def load_generators(
     preset,       # `Preset`
     device='cpu'
 )->tuple:         # StableDiffusion, AudioLDM
     "The frozen generators of a preset"
-    return (StableDiffusion.from_pretrained(component_path(preset.stable_diffusion), device=device),
-            AudioLDM.from_pretrained(component_path(preset.audioldm), device=device))
+    options = dict(dtype=pick_dtype(preset.generator_dtype, device), device=device)
+    return (StableDiffusion.from_pretrained(component_path(preset.stable_diffusion), **options),
+            AudioLDM.from_pretrained(component_path(preset.audioldm), **options))
 
 def mapper_config(
     preset,             # `Preset`, whose `mapper` sets depth and width
