@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['CLIP_TEXT', 'CLIP_VISION', 'CLAP_TEXT', 'AUDIOLDM_L', 'LISTENERS', 'FULL', 'TINY_TEXT', 'TINY_VISION', 'TINY_CLAP',
            'TINY_HTSAT', 'TINY_UNET', 'TINY_IMAGEBIND', 'TINY', 'SD_NOISE', 'AUDIOLDM_NOISE', 'GENERATORS', 'COMMIT',
-           'WRITERS', 'SCALES', 'Scale', 'hifigan', 'autoencoder', 'sound_unet', 'draw', 'vocabulary_texts',
+           'WRITERS', 'SCALES', 'Scale', 'hifigan', 'autoencoder', 'sound_unet', 'wake', 'draw', 'vocabulary_texts',
            'write_tokenizer', 'sentencepiece_model', 'write_llm', 'write_delta', 'write_imagebind',
-           'write_stable_diffusion', 'write_audioldm', 'write_clip', 'write_clap', 'draw_listener', 'write_cnn14',
-           'write_vggish', 'count', 'bytes_needed', 'bytes_in_memory', 'layout_path', 'write_mapper', 'random_preset',
-           'write_weights', 'places', 'write_coco', 'write_audiocaps', 'write_vctk', 'choose_preset', 'Rehearsal',
-           'write_corpora', 'prepare']
+           'write_stable_diffusion', 'write_audioldm', 'write_clip', 'write_clap', 'write_cnn14', 'write_vggish',
+           'count', 'bytes_needed', 'bytes_in_memory', 'layout_path', 'write_mapper', 'random_preset', 'write_weights',
+           'places', 'write_coco', 'write_audiocaps', 'write_vctk', 'choose_preset', 'Rehearsal', 'write_corpora',
+           'prepare']
 
 # %% ../nbs/14_rehearsal.ipynb #6b96997e
 import io, json, os
@@ -119,6 +119,11 @@ TINY = Scale('tiny', models=LISTENERS | dict(
     differs=dict(mapper=dict(d_model=32, n_encoder_layers=1, n_decoder_layers=1, d_ff=64), seconds=1.28))
 
 # %% ../nbs/14_rehearsal.ipynb #bb024027
+def wake(model:nn.Module):
+    "Weights under which what goes in has as much variance at the end"
+    for module in model.modules():
+        if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d, nn.Conv2d, nn.Linear)): nn.init.kaiming_normal_(module.weight)
+
 def draw(
     scale:Scale,
     name:str,      # of one of its models
@@ -127,7 +132,9 @@ def draw(
 )->nn.Module:
     "A model with random weights, in half precision"
     torch.manual_seed(seed)
-    with torch.device(device): return scale.models[name]().half()
+    with torch.device(device): model = scale.models[name]()
+    if name in ('vocoder', *LISTENERS): wake(model)
+    return model.half()
 
 # %% ../nbs/14_rehearsal.ipynb #f00e99cb
 def vocabulary_texts(
@@ -210,23 +217,15 @@ def write_clap(scale:Scale, folder:Path, device='cpu', seed:int=0):
     write_tokenizer(roberta_tokenizer(vocabulary_texts(), max_length=77), folder)
 
 # %% ../nbs/14_rehearsal.ipynb #a7f2053b
-def draw_listener(scale:Scale, name:str, device='cpu', seed:int=0)->dict: # parameter name -> tensor
-    "Random weights of Cnn14 or VGGish, in half precision"
-    model = draw(scale, name, device, seed).float()
-    for module in model.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)): nn.init.kaiming_normal_(module.weight)
-    if name == 'cnn14':
-        nn.init.uniform_(model.logmel_extractor['melW'])
-        nn.init.normal_(model.fc_audioset.weight, std=1e-3)
-    return model.half().state_dict()
-
 def write_cnn14(scale:Scale, path:Path, device='cpu', seed:int=0):
     "A file as `Cnn14_16k_mAP=0.438.pth`"
-    torch.save(dict(model=draw_listener(scale, 'cnn14', device, seed)), path)
+    cnn14 = draw(scale, 'cnn14', device, seed)
+    nn.init.uniform_(cnn14.logmel_extractor['melW']) # which its class leaves empty
+    torch.save(dict(model=cnn14.state_dict()), path)
 
 def write_vggish(scale:Scale, path:Path, device='cpu', seed:int=0):
     "A file as `vggish-10086976.pth`"
-    torch.save(draw_listener(scale, 'vggish', device, seed), path)
+    torch.save(draw(scale, 'vggish', device, seed).state_dict(), path)
 
 # %% ../nbs/14_rehearsal.ipynb #50e2a665
 def count(scale:Scale, name:str)->int: # parameters

@@ -264,16 +264,16 @@ def check_data(
 # %% ../nbs/10b_sources.ipynb #ab30d5f9
 def bytes_written(
     preset:Preset,
-    systems=(),     # names in `MAPPERS` or `BASELINES` that are trained
+    mappers:int=0,  # that are trained, each counted as the largest
     captions:int=0, # with targets
     pictures:int=0,
     sounds:int=0
 )->int:
-    "Disk space that an experiment takes"
+    "Disk space that an experiment takes, at most"
     config = MapperConfig(**preset.mapper)
-    with torch.device('meta'): trained = sum(n_parameters((MAPPERS | BASELINES)[name](config)) for name in systems)
+    with torch.device('meta'): largest = max(n_parameters(kind(config)) for kind in (MAPPERS | BASELINES).values())
     sound = 4 * round(16_000 * preset.seconds)
-    return 12 * trained + captions * preset.target_bytes + pictures * preset.picture_bytes + sounds * sound
+    return 12 * mappers * largest + captions * preset.target_bytes + pictures * preset.picture_bytes + sounds * sound
 
 # %% ../nbs/10b_sources.ipynb #8d4f2b60
 def bytes_held(
