@@ -125,9 +125,10 @@ def check_files(
 def snapshot_path(
     id:str      # `owner/name`
 )->Path|None:
-    "The folder in the hub's cache that holds a repository; None if there is none"
+    "The folder in the hub's cache that holds a repository, or some of its files; None if there is none"
     from huggingface_hub import snapshot_download
-    try: return Path(snapshot_download(id, cache_dir=hub_dir(), local_files_only=True))
+    some = dict(local_files_only=True, allow_patterns=[]) # without patterns it insists on the whole repository
+    try: return Path(snapshot_download(id, cache_dir=hub_dir(), **some))
     except (OSError, ValueError): return None
 
 def component_path(

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SCORER_FILES', 'PAPER', 'MERGE', 'SOURCES', 'FROZEN', 'LAYOUTS', 'Source', 'weight_files', 'diffusers_files',
-           'sources_of', 'place', 'first_match', 'read_shards', 'lacking', 'fault', 'wanted_files', 'check_space',
-           'fetch_repository', 'fetch_file', 'download', 'run_checks', 'check_weights', 'require_weights', 'check_data',
-           'bytes_written', 'bytes_held', 'check_memory', 'check_run', 'overview', 'list_weights', 'main']
+           'names_of', 'sources_of', 'place', 'first_match', 'read_shards', 'lacking', 'fault', 'wanted_files',
+           'check_space', 'fetch_repository', 'fetch_file', 'download', 'run_checks', 'check_weights',
+           'require_weights', 'check_data', 'bytes_written', 'bytes_held', 'check_memory', 'check_run', 'overview',
+           'list_weights', 'main']
 
 # %% ../nbs/10b_sources.ipynb #b1330031
 import json, shutil, sys
@@ -43,7 +44,7 @@ class Source:
     url: str = ''      # of a file that is not on the hub
     bytes: int = 0     # of that file
     sha256: str = ''   # of that file
-    how: str = ''      # what else can be done to get them
+    how: str = ''      # what else can be done to get them; {} stands for the weights folder
 
     @property
     def hub(self)->str: return self.id.split('|')[-1] if '/' in self.id else ''
@@ -74,7 +75,7 @@ MERGE = 'egmi-weights merge-vicuna --llama DIR --delta DIR --out'
 SOURCES = (
     Source('language model', PAPER.llm, 13.5, 'LLaMA, research only', 6_738_423_808, 'llm_dtype',
            files=('config.json', 'tokenizer.model|tokenizer.json', weight_files()),
-           how=f'or make it of LLaMA-7B and lmsys/vicuna-7b-delta-v0: `{MERGE} {{}}/vicuna-7b-v0`'),
+           how=f'; or make it of LLaMA-7B and lmsys/vicuna-7b-delta-v0: `{MERGE} {{}}/vicuna-7b-v0`'),
     Source('projection and LoRA', PAPER.pandagpt, .08, 'CC BY-NC 4.0', 4_198_400, 'llm_dtype', ('pytorch_model.pt',)),
     Source('ImageBind', PAPER.imagebind, 4.8, 'CC BY-NC 4.0', 1_073_097_729,
            url='https://dl.fbaipublicfiles.com/imagebind/imagebind_huge.pth', bytes=4_803_584_173,
@@ -95,14 +96,21 @@ SOURCES = (
 # %% ../nbs/10b_sources.ipynb #f14c7e60
 FROZEN = ('llm', 'pandagpt', 'imagebind', 'stable_diffusion', 'audioldm') # what every experiment loads
 
-def sources_of(
+def names_of(
     preset:Preset,
     parts=(*FROZEN, 'clip', 'clap', 'listeners') # fields of `Preset`
+)->list[str]:
+    "What a preset calls the weights of some parts"
+    names = [getattr(preset, part) for part in parts if part != 'listeners']
+    if 'listeners' in parts: names += preset.listeners.values()
+    return [name for name in names if name]
+
+def sources_of(
+    preset:Preset,
+    *parts # as `names_of` takes them
 )->list[Source]:
     "The published weights that some parts of a preset name"
-    names = {getattr(preset, part) for part in parts if part != 'listeners'}
-    if 'listeners' in parts: names |= set(preset.listeners.values())
-    found = [s for s in SOURCES if s.id in names]
+    found = [s for s in SOURCES if s.id in names_of(preset, *parts)]
     return [replace(s, bytes=0, sha256='', parameters=0) for s in found] if preset.note else found
 
 # %% ../nbs/10b_sources.ipynb #82df1938
@@ -170,7 +178,7 @@ def wanted_files(
 def check_space(
     folder:Path,             # may not exist yet
     needed:int,              # bytes
-    what:str='the weights'   # that are going to be written
+    what:str='the weights'   # that are to be written
 ):
     "OSError unless the disk of `folder` has that much space"
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
@@ -302,16 +310,17 @@ def check_memory(
 # %% ../nbs/10b_sources.ipynb #e81a5c94
 def check_run(
     preset:Preset,
-    device,             # torch.device
-    parts,              # fields of `Preset` whose weights are loaded
-    data:dict,          # parameter -> (folder or empty, name in `LAYOUTS`)
-    written:int,        # bytes, from `bytes_written`
-    mapper:str|None=None, # trained EGMI, as `trained` takes it; None if none is needed
-    more=()             # further checks for `run_checks`
+    device,               # torch.device
+    parts,                # fields of `Preset` whose weights are loaded
+    data:dict,            # parameter -> (folder or empty, name in `LAYOUTS`)
+    written:int,          # bytes, from `bytes_written`
+    mapper:str|None=None, # trained EGMI, as `trained` takes it, empty for the preset's own; None if none is needed
+    more=()               # further checks for `run_checks`
 ):
     "An error that lists everything that a run needs and this machine lacks"
     sources = sources_of(preset, parts)
     checks = [partial(check_weights, s) for s in sources]
+    checks += [partial(component_path, name) for name in names_of(preset, parts)] # hashes of what came with the package
     checks += [partial(check_data, preset, name, folder, corpus) for name, (folder, corpus) in data.items()]
     if mapper is not None: checks.append(partial(trained, mapper or preset.name, wanted=preset.name))
     checks += [partial(check_space, cache_dir(), written, 'intermediate results'),
@@ -347,7 +356,7 @@ def list_weights(
     missing = table[table.state != 'present']
     if len(missing) and sources: print(f'\nMissing (copied by hand, files and owner/name go to {weights_dir()}):')
     how = {s.part: s.how.format(weights_dir()) for s in sources}
-    for row in missing.itertuples(): print(f'{row.part}: {row.source} {row.state}', how.get(row.part, ''))
+    for row in missing.itertuples(): print(f'{row.part}: {row.source} {row.state}{how.get(row.part, "")}')
     return missing.empty
 
 # %% ../nbs/10b_sources.ipynb #29d38c42
