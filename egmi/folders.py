@@ -37,7 +37,7 @@ from .metrics import (KL_EPSILON, cosine_similarity, frechet_distance, inception
                           mel_cepstral_distortion)
 from .mini.judge import Judge, read, sound_tensor
 from .reporting import check_writable, provenance, timed, write_table
-from .sources import LISTENERS, SOURCES, require_sources
+from .sources import require_weights
 
 # %% ../nbs/13b_folders.ipynb #9771bc32
 def id_flaw(
@@ -214,7 +214,8 @@ def weights_path(
 )->Path:
     "The file or folder that holds the weights"
     path = Path(component_path(source))
-    return path if path.exists() else Path(snapshot_download(source, local_files_only=True))
+    if not path.exists(): raise FileNotFoundError(f'there are no weights {source}: `egmi-weights paper` says how to get them')
+    return path
 
 @lru_cache
 def files_hash(
@@ -338,7 +339,7 @@ def score_sounds(
     preset, device = get_preset(preset) if isinstance(preset, str) else preset, pick_device(device)
     if resampler not in RESAMPLERS: raise ValueError(f'unknown resampler {resampler!r}: choose one of {", ".join(RESAMPLERS)}')
     listeners = preset.listeners | (dict(clap=preset.clap) if captions is not None else {})
-    require_sources([s for s in SOURCES.get(preset.name, ()) + LISTENERS if s.id in listeners.values()], preset.name)
+    require_weights(preset, ['listeners'] if captions is None else ['listeners', 'clap'])
     references, generated = read_pairs(reference_dir, generated_dir, captions, max(NETWORKS[name].shortest for name in listeners), progress)
     hear = partial(embed_sounds, resampler=resampler, device=device, progress=progress)
     reference, heard = hear(references, preset.listeners), hear(generated, listeners)

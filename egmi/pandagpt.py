@@ -157,7 +157,7 @@ def load_llm(
 )->tuple:                            # (llm, tokenizer)
     "A causal LLM and its tokenizer; FileNotFoundError if there is none at `source`, ValueError if they do not fit"
     from transformers import AutoModelForCausalLM
-    path = smollm2_path() if source == SMOLLM2 else source
+    path = smollm2_path() if source == SMOLLM2 else component_path(source)
     try:
         tokenizer = load_tokenizer(path)
         llm = load_whole(AutoModelForCausalLM, path, dtype=dtype, attn_implementation='sdpa')

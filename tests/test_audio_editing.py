@@ -111,7 +111,7 @@ def test_record_says_what_ran(finished, table):
     (dict(strengths=[.5, -1]), ValueError, 'strength must lie between 0 and 1, not -1'),
     (dict(preset='maxi'), ValueError, "unknown preset 'maxi'"),
     (dict(mapper='nowhere'), FileNotFoundError, 'nowhere holds no config.json'),
-    (dict(data='nowhere'), ValueError, 'nowhere has no examples: check its path and layout'),
+    (dict(data='nowhere'), FileNotFoundError, 'data folder nowhere lacks txt, wav48_silence_trimmed: it needs'),
 ], ids=lambda value: next(iter(value)) if isinstance(value, dict) else '')
 def test_bad_parameters_are_named_first(parameters, error, message, tmp_path):
     with pytest.raises(error) as raised: check_cells(NOTEBOOK, out_dir=str(tmp_path/'out'), **parameters)

@@ -33,11 +33,24 @@ def test_notebook_refuses_a_parameter(parameters, message, tmp_path):
     assert os.listdir(tmp_path) == ['executed.ipynb']
 
 
-def test_paper_preset_lists_the_weights_it_lacks(tmp_path):
-    line = last_line(papermill(tmp_path, tmp_path/'cache', preset='paper', variables=dict(HF_HOME=str(tmp_path/'hub'))))
-    assert line.startswith("FileNotFoundError: preset 'paper' lacks weights: language model: vicuna-7b-v0 (13.5 GB) missing; ")
-    assert all(name in line for name in ('imagebind_huge.pth', 'cvssp/audioldm-l-full', 'stable-diffusion-v1-5/', '`egmi-weights paper`'))
-    assert not (tmp_path/'out').exists()
+PARTS = ['language model', 'projection and LoRA', 'ImageBind', 'Stable Diffusion', 'AudioLDM']
+
+@pytest.mark.parametrize('notebook, parts, data', [
+    ('ablation', [*PARTS, 'CLIP', 'CLAP'], ['data DIR, a folder with COCO']),
+    ('text_to_audio', [*PARTS, 'CLAP', 'Cnn14', 'VGGish'], ['data DIR, a folder with test.csv', 'pairs DIR, a folder with COCO']),
+    ('audio_editing', [*PARTS, 'CLIP', 'CLAP'], ['data DIR, a folder with txt and wav48_silence_trimmed of VCTK']),
+], ids=lambda value: value if isinstance(value, str) else '')
+def test_paper_preset_lists_all_that_it_lacks(notebook, parts, data, tmp_path):
+    process = papermill(tmp_path, tmp_path/'cache', notebook=ROOT/f'nbs/{notebook}.ipynb', preset='paper', variables=dict(HF_HOME=str(tmp_path/'hub')))
+    assert process.returncode
+    first, *lines = process.stderr[process.stderr.rindex('FileNotFoundError: '):].strip().splitlines()
+    lines = [first.removeprefix('FileNotFoundError: '), *lines]
+    for line, part in zip(lines, parts): assert line.startswith(f'weights: {part} ') and line.endswith('is missing: `egmi-weights paper` says how to get it')
+    lines = lines[len(parts):]
+    for line, wanted in zip(lines, data): assert line.startswith("data: preset 'paper' needs ") and f'give -p {wanted}' in line
+    mapper = [line for line in lines[len(data):] if 'a trained mapper' in line]
+    assert len(mapper) == (notebook != 'ablation')
+    assert sorted(os.listdir(tmp_path)) == ['cache', 'executed.ipynb']
 
 
 def test_weights_command_refuses_an_unknown_preset():

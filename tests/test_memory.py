@@ -1,5 +1,6 @@
 """Where memory runs out the batch is halved, which is said, and nothing else changes."""
-from dataclasses import replace
+import os
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from egmi.evaluation import generate_samples
 from egmi.model import load_generators, load_panda, mapper_config
-from egmi.rehearsal import TINY, random_preset, write_weights
+from egmi.rehearsal import TINY, places, random_preset, write_weights
 from egmi.training import cache_prefixes, make_conditioner, predict_conditions, text_targets
 
 TEXTS = ['a bell', 'three big green whistles indoors', 'a drum in the rain', 'two birds', 'by a busy road there is a frog']
@@ -16,10 +17,10 @@ TEXTS = ['a bell', 'three big green whistles indoors', 'a drum in the rain', 'tw
 @pytest.fixture(scope='module')
 def parts(tmp_path_factory):
     "The tiny random models, in full precision."
-    folder = tmp_path_factory.mktemp('random')/'weights'
+    folder = tmp_path_factory.mktemp('random')/'all'
     write_weights(TINY, folder)
-    preset = replace(random_preset(TINY, folder), llm_dtype='float32')
-    return preset, load_panda(preset), *load_generators(preset)
+    preset = random_preset(TINY)
+    with mock.patch.dict(os.environ, places(folder)): return preset, load_panda(preset), *load_generators(preset)
 
 
 def holding(most, function, asked):

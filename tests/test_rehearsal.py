@@ -1,12 +1,16 @@
-"""`papermill nbs/ablation.ipynb -p preset paper -p weights tiny`: the paper's path with random weights, end to end."""
+"""The three tables with `-p preset paper -p weights tiny`: the paper's path with random weights, end to end.
+
+The working folder is neither the repository nor the folder of the weights, and the weights go by the published names."""
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from conftest import ROOT, papermill
+from conftest import ROOT, environment, papermill
 
 MAPPERS = ['Separated mapper', 'Cross mapper', 'EGMI mapper', 'Separated mapper, matched', 'Cross mapper, matched']
 ANCHORS = ['text encoder (upper bound)', 'shuffled captions (floor)']
@@ -14,11 +18,19 @@ NOTE = 'random weights: a rehearsal'
 
 
 @pytest.fixture(scope='module')
-def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('rehearsal')
-    process = papermill(folder, folder/'cache', preset='paper', weights='tiny', matched=True, seeds=[0, 1])
+def cache(tmp_path_factory): return tmp_path_factory.mktemp('cache')
+
+
+def rehearse(folder, cache, **parameters):
+    "Run a notebook with tiny random weights; returns the folder of its results."
+    process = papermill(folder, cache, preset='paper', weights='tiny', **parameters)
     assert process.returncode == 0, process.stderr[-3000:]
     return folder/'out'
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory, cache):
+    return rehearse(tmp_path_factory.mktemp('table3'), cache, matched=True, seeds=[0, 1])
 
 
 @pytest.fixture(scope='module')
@@ -70,3 +82,48 @@ def test_report_says_it_of_the_run(finished, tmp_path):
 def test_every_stage_was_run_and_timed(finished):
     seconds = json.loads((finished/'run.json').read_text())['seconds']
     assert {'writing random weights', 'load', 'features and targets', 'prefixes', 'training', 'generation', 'scoring'} <= {k for k, s in seconds.items() if s > 0}
+
+
+# What was written, and what was read
+
+def test_weights_lie_where_egmi_weights_says(finished, cache):
+    root, = cache.glob('rehearsal/*/tiny')
+    names = {p.relative_to(root).as_posix() for p in [*root.glob('weights/*'), *root.glob('hub/*')]}
+    repositories = ('openllmplayground/pandagpt_7b_max_len_1024', 'stable-diffusion-v1-5/stable-diffusion-v1-5',
+                    'cvssp/audioldm-l-full', 'openai/clip-vit-large-patch14', 'laion/clap-htsat-unfused')
+    files = ('vicuna-7b-v0', 'imagebind_huge.pth', 'Cnn14_16k_mAP=0.438.pth', 'vggish-10086976.pth')
+    assert names == {f'weights/{name}' for name in files} | {f'hub/models--{name.replace("/", "--")}' for name in repositories}
+    assert all((root/'weights'/name).is_file() for name in files[1:])
+    process = subprocess.run([sys.executable, '-m', 'egmi.sources', 'paper'], cwd=cache, capture_output=True, text=True,
+                             env=environment(cache, EGMI_WEIGHTS=f'{root}/weights', HF_HUB_CACHE=f'{root}/hub'))
+    rows = [line for line in process.stdout.splitlines() if str(root) in line]
+    assert len([line for line in rows if line.rstrip().endswith('present')]) == 6  # the three files have other sizes than published
+
+
+# Tables 1 and 2
+
+def test_table_1_with_the_mapper_of_table_3(finished, cache, tmp_path):
+    out = rehearse(tmp_path, cache, notebook=ROOT/'nbs/text_to_audio.ipynb', mapper=finished/'egmi')
+    table = pd.read_csv(out/'table1.csv').set_index('system')
+    ours = table[table.kind != 'published']
+    assert (ours.note == NOTE).all() and (ours.corpus == 'Toybox').all() and (ours.listener == 'cnn14, vggish').all()
+    assert np.isfinite(ours.loc[['EGMI', 'AudioLDM', 'ground truth'], ['FD', 'FAD', 'IS', 'KL', 'KAD', 'CLAP']]).all(axis=None)
+    assert ours.params['EGMI'] == pd.read_csv(finished/'table3.csv').set_index('system').params['EGMI mapper']
+    record = json.loads((out/'run.json').read_text())
+    assert record['note'] == NOTE and record['training']['EGMI']['n_train'] == 16
+
+
+def test_table_2_without_an_output_path(cache, tmp_path):
+    "`papermill nbs/audio_editing.ipynb` prints the executed notebook where its output is no terminal, and changes nothing in nbs."
+    notebook = ROOT/'nbs/audio_editing.ipynb'
+    before = notebook.read_bytes()
+    command = [sys.executable, '-m', 'papermill', notebook, '-p', 'preset', 'paper', '-p', 'weights', 'tiny']
+    process = subprocess.run(command, cwd=tmp_path, env=environment(cache), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert json.loads(process.stdout)['cells'] and notebook.read_bytes() == before
+    out = tmp_path/'runs/random-tiny/audio_editing'
+    table, speech = pd.read_csv(out/'table2.csv'), pd.read_csv(out/'vctk.csv')
+    ours = table[table.paper_mcd.isna()]
+    assert (ours.note == NOTE).all() and np.isfinite(ours[['mcd', 'clap']]).all(axis=None) and 'changed' not in table
+    assert np.isfinite(speech[['segment_mcd', 'utterance_mcd']]).all(axis=None)
+    assert json.loads((out/'run.json').read_text())['note'] == NOTE

@@ -133,7 +133,7 @@ def test_a_run_that_was_cut_short_ends_with_the_same_table(finished, cache, tmp_
 
 @pytest.mark.parametrize('wrong, line', [
     (dict(data='{0}'), 'FileNotFoundError: data folder {0} lacks test.csv: it needs'),
-    (dict(pairs='{0}'), 'FileNotFoundError: there is no {0}/annotations/captions_train2017.json'),
+    (dict(pairs='{0}'), 'FileNotFoundError: pairs folder {0} lacks annotations/captions_train2017.json: it needs'),
     (dict(audioldms=['{0}']), 'FileNotFoundError: {0} lacks tokenizer, text_encoder'),
     (dict(mapper='{0}'), 'ValueError: {0} holds a Cross mapper, and wanted is: EGMI mapper')])
 def test_what_is_wrong_with_a_folder_is_one_line(tmp_path, wrong, line):
