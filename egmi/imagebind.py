@@ -6,24 +6,32 @@
 __all__ = ['TOWERS', 'OTHER_TOWERS', 'CLIP_MEAN', 'CLIP_STD', 'TowerConfig', 'ImageBindConfig', 'RepeatFrame', 'Stem',
            'vision_stem', 'audio_stem', 'PositionEmbedding', 'PatchTokens', 'vision_tokens', 'audio_tokens',
            'TextTokens', 'Block', 'Trunk', 'PickClass', 'Normalise', 'LogitScale', 'class_head', 'text_head',
-           'ImageBind', 'eos_positions', 'load_strictly', 'read_official', 'official_config', 'preprocess_images',
-           'clip_starts', 'clip_spectrogram', 'check_sound', 'preprocess_audio']
+           'ImageBind', 'eos_positions', 'read_tensors', 'load_strictly', 'check_loaded', 'load_whole', 'read_official',
+           'official_config', 'preprocess_images', 'clip_starts', 'clip_spectrogram', 'spectrogram_input',
+           'preprocess_audio']
 
 # %% ../nbs/04_imagebind.ipynb #f319367a
-import json, math
+import json, math, pickle
 from collections import Counter, OrderedDict
 from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 
-import numpy as np
-import soxr
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torchaudio.compliance import kaldi
 from torchvision import transforms
+
+# %% ../nbs/04_imagebind.ipynb #cc5a527d
+from .config import replacing, write_json
+
+# %% ../nbs/04_imagebind.ipynb #e51073ad
+from .audio import as_wave, resample
+from .images import as_rgb
 
 # %% ../nbs/04_imagebind.ipynb #7476cacd
 TOWERS = ('vision', 'audio', 'text')
@@ -266,6 +274,16 @@ def encode_text(self:ImageBind,
     return post(e_BD) if scaled else post[0](e_BD)
 
 # %% ../nbs/04_imagebind.ipynb #801c4223
+def read_tensors(
+    file:Path # `.safetensors`, or what `torch.save` wrote
+)->dict:      # name -> tensor, read from the disk only when it is used
+    "The tensors of a file, without unpickling any code; a ValueError names a damaged file"
+    try:
+        if file.suffix == '.safetensors': return load_file(file)
+        return torch.load(file, map_location='cpu', weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as e:
+        raise ValueError(f'{file} is damaged or holds more than tensors: get it again') from e
+
 def load_strictly(
     model:nn.Module, # takes the tensors of `state` as they are, without a copy
     state:dict,      # parameter name -> tensor
@@ -280,6 +298,41 @@ def load_strictly(
         raise ValueError(f'{source} does not fit the model in {len(wrong)} tensors, first {name}: '
                          f'expected {expected.get(name, "none")}, found {found.get(name, "none")}')
     model.load_state_dict(state, assign=True)
+
+# %% ../nbs/04_imagebind.ipynb #ecd41e12
+def check_loaded(
+    model,
+    info:dict, # what `from_pretrained` reports with `output_loading_info`
+    place      # where the files are, for the error
+):
+    "Raise a ValueError that names the weights which the files lacked or held in another shape"
+    computed = {name for name, t in model.state_dict().items() if not t.is_floating_point()}
+    lacking = sorted(set(info['missing_keys']) - computed)
+    if lacking:
+        shown = ', '.join(lacking[:3]) + ', ...' * (len(lacking) > 3)
+        raise ValueError(f'{place} lacks {len(lacking)} weights of {type(model).__name__}: {shown}: get all of its files')
+    wrong = sorted(info['mismatched_keys'])
+    if wrong:
+        name, found, expected = wrong[0]
+        raise ValueError(f'{place} does not fit its config in {len(wrong)} weights, first {name}: '
+                         f'expected {tuple(expected)}, found {tuple(found)}')
+
+# %% ../nbs/04_imagebind.ipynb #963f8a14
+def load_whole(
+    kind,     # class of transformers or diffusers
+    source,   # folder or hub id
+    **options # of `kind.from_pretrained`: dtype, subfolder...
+):            # the model
+    "A pretrained model without one random weight; an error names what its files lack"
+    place = '/'.join([str(source), *filter(None, [options.get('subfolder')])])
+    try:
+        model, info = kind.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    except OSError as e:
+        raise FileNotFoundError(f'no {kind.__name__} in {place}: {str(e).splitlines()[0]}') from e
+    except (ValueError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as e:
+        raise ValueError(f'{kind.__name__} in {place} cannot be read: {str(e).splitlines()[0]}') from e
+    check_loaded(model, info, place)
+    return model
 
 # %% ../nbs/04_imagebind.ipynb #8423b3bf
 @patch(cls_method=True)
@@ -301,10 +354,8 @@ def save_pretrained(self:ImageBind,
     "Write `config.json` and `model.safetensors`"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    beside = folder/'model.safetensors.part'
-    save_file(self.state_dict(), beside)
-    beside.rename(folder/'model.safetensors')
-    (folder/'config.json').write_text(json.dumps(asdict(self.config), indent=2))
+    with replacing(folder/'model.safetensors') as beside: save_file(self.state_dict(), beside)
+    write_json(folder/'config.json', asdict(self.config))
 
 # %% ../nbs/04_imagebind.ipynb #06fd40ba
 @patch(cls_method=True)
@@ -315,7 +366,7 @@ def from_pretrained(cls:ImageBind,
     folder = Path(folder)
     if folder.suffix == '.pth': return cls.from_official(folder)
     config = ImageBindConfig.from_dict(json.loads((folder/'config.json').read_text()))
-    return cls.from_state(config, load_file(folder/'model.safetensors'), folder)
+    return cls.from_state(config, read_tensors(folder/'model.safetensors'), folder)
 
 # %% ../nbs/04_imagebind.ipynb #5081e3f6
 OTHER_TOWERS = ('depth', 'thermal', 'imu')
@@ -324,7 +375,7 @@ def read_official(
     path # `imagebind_huge.pth`
 )->tuple: # state dict of our towers, and how many tensors of each other tower were left out
     "Read an official checkpoint without unpickling any code"
-    state = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+    state = read_tensors(Path(path))
     other = {name: tower for name in state for tower in OTHER_TOWERS if f'.{tower}.' in name}
     return {name: t for name, t in state.items() if name not in other}, Counter(other.values())
 
@@ -356,23 +407,24 @@ def from_official(cls:ImageBind,
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 def preprocess_images(
-    images:list,            # PIL images of any size and mode
+    images:list,            # pictures of any size that `as_rgb` takes
     config:ImageBindConfig  # gives `image_size`
 )->torch.Tensor:            # [B, 3, H, W]
     "Pictures as `encode_image` takes them"
     transform = transforms.Compose([
         transforms.Resize(config.image_size, transforms.InterpolationMode.BICUBIC),
         transforms.CenterCrop(config.image_size), transforms.ToTensor(), transforms.Normalize(CLIP_MEAN, CLIP_STD)])
-    return torch.stack([transform(image.convert('RGB')) for image in images])
+    return torch.stack([transform(as_rgb(image)) for image in images])
 
 # %% ../nbs/04_imagebind.ipynb #84e447fc
 def clip_starts(
     n_samples:int,          # length of the sound at `config.sample_rate`
     config:ImageBindConfig  # gives `n_clips` and `clip_seconds`
 )->list:                    # first sample of each clip
-    "Where the clips of a sound begin"
-    room = max(n_samples - round(config.clip_seconds * config.sample_rate), 0)
-    return [i * room // config.n_clips for i in range(config.n_clips)]
+    "Where the clips of a sound begin: the first at its beginning, the last `clip_seconds` before its end"
+    last_start = Fraction(max(n_samples / config.sample_rate - config.clip_seconds, 0))
+    step = last_start / max(config.n_clips - 1, 1)
+    return [int(i * step * config.sample_rate) for i in range(config.n_clips)]
 
 # %% ../nbs/04_imagebind.ipynb #785dac00
 def clip_spectrogram(
@@ -386,26 +438,29 @@ def clip_spectrogram(
     return ((x_FT - config.audio_mean) / config.audio_std)[None]
 
 # %% ../nbs/04_imagebind.ipynb #3e8cf7c5
-def check_sound(
-    sound:np.ndarray, # samples
-    sample_rate:int,  # in Hz
-    name:str          # for the error
-):
-    "Raise a ValueError unless `sound` is mono, float, finite and at least one 25 ms frame long"
-    if sound.ndim != 1 or sound.dtype.kind != 'f':
-        raise ValueError(f'{name} is {sound.dtype} of shape {sound.shape}: give one channel of float samples between -1 and 1')
-    if len(sound) < .025 * sample_rate: raise ValueError(f'{name} has {len(sound)} samples: at least 25 ms are needed')
-    if not np.isfinite(sound).all(): raise ValueError(f'{name} has NaN or infinite samples')
+def spectrogram_input(
+    sound,            # a waveform as `as_wave` takes it
+    sample_rate:int,  # of the sound, in Hz
+    config:ImageBindConfig, # gives the rate that is wanted
+    name:str          # for errors
+)->torch.Tensor:      # x_T
+    "A sound at the rate of the model; a ValueError unless it lasts a frame of 25 ms"
+    wave_T = as_wave(sound, name)
+    if len(wave_T) < .025 * sample_rate:
+        raise ValueError(f'{name} has {len(wave_T)} samples: at least 25 ms are needed')
+    return torch.from_numpy(resample(wave_T, sample_rate, config.sample_rate))
 
 # %% ../nbs/04_imagebind.ipynb #563b5f03
 def preprocess_audio(
-    sounds:list,            # float arrays, mono, between -1 and 1, of any length
+    sounds:list,            # waveforms as `as_wave` takes them, of any length
     sample_rate:int,        # of all of them, in Hz
     config:ImageBindConfig  # gives the format of the clips
 )->torch.Tensor:            # [B, N, 1, F, T]
     "Sounds as `encode_audio` takes them"
-    for i, sound in enumerate(sounds): check_sound(sound, sample_rate, f'sound {i}')
     n = round(config.clip_seconds * config.sample_rate)
-    resampled = [torch.from_numpy(soxr.resample(sound.astype(np.float32), sample_rate, config.sample_rate)) for sound in sounds]
-    return torch.stack([torch.stack([clip_spectrogram(x_T[start:start+n], config) for start in clip_starts(len(x_T), config)])
-                        for x_T in resampled])
+    rows = []
+    for i, sound in enumerate(sounds):
+        x_T = spectrogram_input(sound, sample_rate, config, f'sound {i}')
+        clips = [x_T[start:start + n] for start in clip_starts(len(x_T), config)]
+        rows.append(torch.stack([clip_spectrogram(clip_T, config) for clip_T in clips]))
+    return torch.stack(rows)

@@ -4,22 +4,25 @@
 
 # %% auto #0
 __all__ = ['save_conditioner', 'trained', 'load_conditioner', 'load_panda', 'load_generators', 'mapper_config', 'EGMIOutput',
-           'EGMI', 'as_list']
+           'EGMI', 'short', 'as_text', 'one_text', 'one_picture', 'one_sound', 'listed', 'check_outputs']
 
 # %% ../nbs/10_model.ipynb #c4fa55fd
-import json
+import json, reprlib
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
-import soxr
 import torch
-from fastcore.basics import patch
+from fastcore.basics import ifnone, patch
 from safetensors.torch import load_model, save_file
 
-from .config import component_path, get_preset, pick_device, pick_dtype, replacing, write_json
+from .audio import as_wave, resample
+from .config import (component_path, get_preset, pick_device, pick_dtype, replacing, require_number,
+                         require_positive, write_json)
 from .generators import AudioLDM, StableDiffusion, check_strength, generators_for
+from .images import as_rgb
 from .mapper import MapperConfig
 from .pandagpt import QUESTION, PandaGPT
 from .training import BASELINES, MAPPERS, Conditioner, Targets, cache_prefixes, make_conditioner, predict_conditions
@@ -133,25 +136,62 @@ class EGMI:
         save_conditioner(self.conditioner, folder, system, self.preset.name)
 
 # %% ../nbs/10_model.ipynb #8fceb013
-def as_list(x): return x if x is None or isinstance(x, (list, tuple)) else [x]
+def short(x)->str:
+    "What something is, in one line"
+    if getattr(x, 'ndim', 0): return f'{type(x).__name__} of shape {list(x.shape)}'
+    return ' '.join(reprlib.repr(x).split())
+
+def as_text(text, name:str)->str:
+    "A text, or a TypeError"
+    if isinstance(text, str): return str(text)
+    raise TypeError(f'{name} must be a string, not {short(text)}')
+
+def one_text(x)->bool: return getattr(x, 'ndim', 1) != 1               # a table is not a list of its column names
+def one_picture(x)->bool: return getattr(x, 'ndim', 1) in (0, 2, 3)
+
+def one_sound(x)->bool:
+    "Whether an array is one sound; a ValueError where its rows may be sounds as well as channels"
+    if getattr(x, 'dtype', object) == object: return False
+    shape = tuple(np.shape(x))
+    if len(shape) == 2 and shape[0] < shape[1]:
+        raise ValueError(f'audio of shape {shape} may be {shape[0]} sounds or one with {shape[0]} channels: '
+                         'give list(audio) or audio.mean(0)')
+    return True
+
+def listed(
+    given,    # one thing, many, or None
+    name:str, # of the parameter
+    is_one,   # whether an array or a table is one thing
+    convert   # thing, name -> what is wanted of it, or a TypeError
+)->list|None:
+    "One or many things as a list"
+    if given is None: return None
+    single = isinstance(given, (str, bytes, dict, set, frozenset)) or not isinstance(given, Iterable)
+    if single or is_one(given): return [convert(given, name)]
+    return [convert(thing, f'{name} {i}') for i, thing in enumerate(given)]
 
 @patch
 def prompts(self:EGMI, text, images, audio, sample_rate)->tuple:
-    "Texts and features of B prompts, each input being one thing, a list of B, or None"
-    text, images, audio = as_list(text), as_list(images), as_list(audio)
+    "Texts and features of B prompts, each input being one thing, B of them, or None"
+    text = listed(text, 'text', one_text, as_text)
+    images = listed(images, 'images', one_picture, as_rgb)
+    audio = listed(audio, 'audio', one_sound, as_wave)
     sizes = {name: len(x) for name, x in dict(text=text, images=images, audio=audio).items() if x is not None}
     if len(set(sizes.values())) != 1: raise ValueError(f'give text, images or audio, equally many of each, not {sizes or "nothing"}')
+    if 0 in sizes.values(): raise ValueError(f'there is nothing to generate: {", ".join(sizes)} is empty')
     if audio is not None and sample_rate is None: raise ValueError('audio needs its sample_rate in Hz')
-    media = ([self.panda.image_features(images)] if images else []) + ([self.panda.audio_features(audio, sample_rate)] if audio else [])
+    if audio is not None: require_number(above=0, sample_rate=sample_rate)
+    media = [] if images is None else [self.panda.image_features(images)]
+    if audio is not None: media.append(self.panda.audio_features(audio, sample_rate))
     n = next(iter(sizes.values()))
-    return text or [''] * n, list(torch.stack(media, 1)) if media else [None] * n
+    return ifnone(text, [''] * n), list(torch.stack(media, 1)) if media else [None] * n
 
 # %% ../nbs/10_model.ipynb #faf4da73
 @patch
 def conditions(self:EGMI,
-    text=None,        # one text or a list
-    images=None,      # one PIL picture or a list
-    audio=None,       # one float32 waveform or a list
+    text=None,        # one text or many
+    images=None,      # one picture or many
+    audio=None,       # one waveform or many
     sample_rate=None  # of `audio`, Hz
 )->Targets:           # clip_NLC and clap_NC
     "What the mapper would have the generators hear"
@@ -159,53 +199,73 @@ def conditions(self:EGMI,
     return predict_conditions(self.conditioner, self.panda, cache_prefixes(self.panda, texts, features, progress=False))
 
 # %% ../nbs/10_model.ipynb #ed5c2b71
+def check_outputs(outputs)->list:
+    "What is wanted, as a list of names"
+    outputs = listed(outputs, 'outputs', one_text, as_text)
+    choice = 'choose from text, image, audio'
+    unknown = [name for name in outputs or [] if name not in ('text', 'image', 'audio')]
+    if unknown: raise ValueError(f'unknown outputs {unknown}: {choice}')
+    if not outputs: raise ValueError(f'no outputs are wanted: {choice}')
+    return outputs
+
 @patch
 def generate(self:EGMI,
-    text=None,                           # one text or a list
-    images=None,                         # one PIL picture or a list
-    audio=None,                          # one float32 waveform or a list
+    text=None,                           # one text or many
+    images=None,                         # one picture or many
+    audio=None,                          # one waveform or many
     sample_rate=None,                    # of `audio`, Hz
-    outputs=('image', 'audio'),          # any of text, image, audio
+    outputs=('image', 'audio'),          # any of text, image, audio; one or many
     generator:torch.Generator=None,      # source of all randomness; None is the global one
     steps:int=None,                      # denoising steps; None takes the preset's, as the next two do
-    guidance_image:float=None,
+    guidance_image:float=None,           # 1 or less turns guidance off, as in diffusers
     guidance_audio:float=None,
     max_new_tokens:int=48,               # of the text
     progress:bool=True
 )->EGMIOutput:
     "Generate from any mix of modalities (paper, section 3.4)"
-    unknown = set(outputs) - {'text', 'image', 'audio'}
-    if unknown: raise ValueError(f'unknown outputs {sorted(unknown)}: choose from text, image, audio')
+    outputs, preset = check_outputs(outputs), self.preset
+    steps = ifnone(steps, preset.sampling_steps)
+    guidance_image, guidance_audio = ifnone(guidance_image, preset.guidance_image), ifnone(guidance_audio, preset.guidance_audio)
+    require_positive(steps=steps, max_new_tokens=max_new_tokens)
+    require_number(guidance_image=guidance_image, guidance_audio=guidance_audio)
     texts, features = self.prompts(text, images, audio, sample_rate)
     answers = self.panda.generate_text([t or QUESTION for t in texts], features, max_new_tokens) if 'text' in outputs else None
     conditions = predict_conditions(self.conditioner, self.panda, cache_prefixes(self.panda, texts, features, progress=progress))
     if 'image' in outputs and conditions.clip_NLC is None: raise ValueError(f'{type(self.conditioner.mapper).__name__} makes no pictures: leave image out of outputs')
-    seeds, steps = torch.randint(2**31, (len(texts),), generator=generator), steps or self.preset.sampling_steps
-    pictures = self.stable_diffusion.generate(conditions.clip_NLC, generators_for(seeds), steps=steps, progress=progress,
-        guidance_scale=guidance_image or self.preset.guidance_image) if 'image' in outputs else None
-    sounds = self.audioldm.generate(conditions.clap_NC, self.preset.seconds, generators_for(seeds), steps=steps, progress=progress,
-        guidance_scale=guidance_audio or self.preset.guidance_audio) if 'audio' in outputs else None
+    seeds = torch.randint(2**31, (len(texts),), generator=generator)
+    pictures = sounds = None
+    if 'image' in outputs:
+        pictures = self.stable_diffusion.generate(conditions.clip_NLC, generators_for(seeds), steps=steps,
+                                                  guidance_scale=guidance_image, progress=progress)
+    if 'audio' in outputs:
+        sounds = self.audioldm.generate(conditions.clap_NC, preset.seconds, generators_for(seeds), steps=steps,
+                                        guidance_scale=guidance_audio, progress=progress)
     return EGMIOutput(answers, pictures, sounds, self.audioldm.vocoder.config.sampling_rate)
 
 # %% ../nbs/10_model.ipynb #c65453c5
 @patch
 def edit(self:EGMI,
-    text,                            # what to change: one text or a list; None leaves it to the sound
-    audio,                           # one float32 waveform or a list of equally long ones
+    text,                            # what to change: one text or many; None leaves it to the sound
+    audio,                           # one waveform or many equally long ones
     sample_rate:int,                 # of `audio`, Hz
-    strength:float=.6,               # 1 keeps of the sound only what the prompt heard; below 1/steps no step is taken: autoencoder and vocoder only
+    strength:float=.6,               # 1 keeps of the sound its level and what the prompt heard; below 1/steps no step is taken: autoencoder and vocoder only
     generator:torch.Generator=None,  # source of all randomness; None is the global one
     steps:int=None,                  # denoising steps of a whole generation; None takes the preset's, as the next does
-    guidance_scale:float=None,
+    guidance_scale:float=None,       # 1 or less turns guidance off, as in diffusers
     progress:bool=True
 )->EGMIOutput:
     "Change sounds as a text says (paper, Table 2)"
+    steps, guidance_scale = ifnone(steps, self.preset.sampling_steps), ifnone(guidance_scale, self.preset.guidance_audio)
     check_strength(strength)
-    rate, lengths = self.audioldm.vocoder.config.sampling_rate, {len(x) for x in as_list(audio)}
+    require_positive(steps=steps)
+    require_number(guidance_scale=guidance_scale)
+    sounds = listed(audio, 'audio', one_sound, as_wave)
+    if not sounds: raise ValueError('there is nothing to edit: give one sound or many as audio')
+    rate, lengths = self.audioldm.vocoder.config.sampling_rate, {len(x) for x in sounds}
     if len(lengths) > 1: raise ValueError(f'the sounds have {len(lengths)} different lengths: edit sounds of different lengths one by one')
-    clap_BC = self.conditions(text, audio=audio, sample_rate=sample_rate).clap_NC
-    wave_BT = np.stack([soxr.resample(x, sample_rate, rate) for x in as_list(audio)])
+    clap_BC = self.conditions(text, audio=sounds, sample_rate=sample_rate).clap_NC
+    wave_BT = np.stack([resample(x, sample_rate, rate) for x in sounds])
     seeds = torch.randint(2**31, (len(wave_BT),), generator=generator)
-    sounds = self.audioldm.edit(clap_BC, wave_BT, strength, generator=generators_for(seeds), steps=steps or self.preset.sampling_steps,
-                                guidance_scale=guidance_scale or self.preset.guidance_audio, progress=progress)
-    return EGMIOutput(None, None, sounds, rate)
+    edited = self.audioldm.edit(clap_BC, wave_BT, strength, generator=generators_for(seeds), steps=steps,
+                                guidance_scale=guidance_scale, progress=progress)
+    return EGMIOutput(None, None, edited, rate)
