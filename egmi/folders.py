@@ -22,7 +22,6 @@ import pandas as pd
 import torch
 import torchaudio
 from fastcore.script import call_parse
-from huggingface_hub import snapshot_download
 from tqdm import tqdm
 
 from .audio import (SOUNDS, as_channels, audio_info, checked_rate, is_silent, list_sounds, read_audio,
