@@ -57,8 +57,8 @@ def scaled(
 CHANNELS = 8 # most channels that a sound may have
 
 def as_samples(
-    wave,    # array, tensor or list
-    name:str # of the sound, for errors
+    wave,      # array, tensor or list
+    name:str   # of the sound, for errors
 )->np.ndarray: # integers or floats
     "An array of numbers, or a TypeError"
     if hasattr(wave, 'detach'): # a tensor
@@ -71,9 +71,9 @@ def as_samples(
     raise TypeError(f'{name} must be an array of samples, not {given}')
 
 def as_channels(
-    wave,             # [T], [T, C] or [C, T]; array, tensor or list of floats in [-1, 1] or integers
-    name:str='sound'  # for errors
-)->np.ndarray:        # float32 [T, C], in [-1, 1]
+    wave,            # [T], [T, C] or [C, T]; array, tensor or list of floats in [-1, 1] or integers
+    name:str='sound' # for errors
+)->np.ndarray:       # float32 [T, C], in [-1, 1]
     "What was handed in as a sound, with its channels"
     samples = as_samples(wave, name)
     if problem := flaw(samples): raise ValueError(f'{name} {problem}')
@@ -144,17 +144,17 @@ def missing_of_chunks(
     layout:Chunks
 )->int:           # bytes
     "How far the samples would go beyond the end of a file"
-    end, wide, n = f.seek(0, 2), 0, layout.name + layout.size
-    f.seek(layout.start)
-    while len(head := f.read(n)) == n and any(head):
-        size = int.from_bytes(head[layout.name:], layout.order) - layout.head
-        if head[:4] == b'ds64': # the sizes of RF64, of 64 bits
-            wide = int.from_bytes(f.read(16)[8:], 'little')
-            f.seek(-16, 1)
+    end, n = f.seek(0, 2), layout.name + layout.size
+    at, wide = layout.start, 0
+    while at < end:
+        f.seek(at)
+        head = f.read(n)
+        size = max(0, int.from_bytes(head[layout.name:], layout.order) - layout.head)
+        at += n + size + -size % layout.align
+        if head[:4] == b'ds64': wide = int.from_bytes(f.read(16)[8:], 'little') # RF64's size of 64 bits
         if head[:4] == layout.sound:
             promised = wide if wide and size == 2**32 - 1 else size
             return promised - (end - f.tell()) - layout.spare if promised < STREAMED else 0
-        f.seek(size + -size % layout.align, 1)
     return 0
 
 # %% ../nbs/00d_audio.ipynb #813669d0
@@ -255,7 +255,7 @@ def check_audio(
     "Raise an error if a sound is missing, empty, cut off or something else"
     with opened_sound(file) as sound:
         if not sound.frames: raise bad_file('sound', file, 'has zero length')
-        if sound.seekable():
+        if sound.format == 'FLAC': # its header counts samples, not bytes
             sound.seek(sound.frames - 1)
             sound.read(1)
     if decode and is_silent(read_audio(file)[0]): raise bad_file('sound', file, 'is silent')
@@ -271,7 +271,8 @@ def list_sounds(
         ending = path.suffix.lower()
         if ending not in SOUNDS + UNREAD or not path.is_file(): continue
         if any(part.startswith('.') for part in path.relative_to(folder).parts): continue
-        (sounds if ending in SOUNDS else unread).append(path)
+        if ending in SOUNDS: sounds.append(path)
+        else: unread.append(path)
     read = {path.with_suffix('') for path in sounds}
     lost = [path for path in unread if path.with_suffix('') not in read]
     if lost: raise bad_file('sound', lost[0], f'(one of {len(lost):,}) {FOREIGN}')

@@ -232,7 +232,7 @@ def test_odd_files(name, tmp_path):
             with pytest.raises(ValueError, match='is cut off'): look(tmp_path/'odd')
 
 
-def test_checking_decodes_one_sample(tmp_path, monkeypatch):
+def test_checking_decodes_next_to_nothing(tmp_path, monkeypatch):
     decoded, read = [], soundfile.SoundFile.read
 
     def counted(self, *arguments, **options):
@@ -244,7 +244,16 @@ def test_checking_decodes_one_sample(tmp_path, monkeypatch):
     for kind, subtype in KINDS:
         (tmp_path/'sound').write_bytes(encoded(noise(30_011), 48_000, format=kind, subtype=subtype))
         check_audio(tmp_path/'sound')
-    assert len(decoded) == len(KINDS) and max(decoded) == 1
+    assert decoded == [1, 1] # of the two flacs
+
+
+def test_damaged_sizes_end(tmp_path):
+    "A chunk of w64 whose size is less than its head, and one that is larger than any file."
+    data = encoded(TONE, format='W64')
+    for size in (0, 2**64 - 1):
+        at = data.index(b'fmt ') + 16
+        (tmp_path/'a.w64').write_bytes(data[:at] + struct.pack('<Q', size) + data[at + 8:])
+        with pytest.raises(ValueError, match=r'a\.w64 cannot be read'): check_audio(tmp_path/'a.w64')
 
 
 def test_a_flac_without_a_length_says_so(tmp_path):
