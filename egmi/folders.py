@@ -27,7 +27,8 @@ from scipy.special import log_softmax
 from tqdm import tqdm
 
 from .audio import SILENCE, SOUNDS, audio_info, read_audio, wav_bytes
-from .config import component_path, file_hash, get_preset, pick_device, read_arrays, read_kept, replacing, write_json
+from .config import component_path, file_hash, get_preset, pick_device
+from .config import read_arrays, read_kept, replacing, write_json
 from .data import read_csv, tally
 from .evaluation import load_clap, work_folder
 from .files import bad_file
@@ -225,7 +226,8 @@ def embed_sounds(
                 hear_batch(NETWORKS[name], load_network(name, path, device), [todo[i] for i in batch], resampler, folder)
                 bar.update(len(batch))
         kept |= {s.sha256: heard_before(folder, s) for s in todo}
-        heard |= {part: np.concatenate([kept[s.sha256][part] for s in sounds]) for part in kept[sounds[0].sha256]}
+        ordered = [kept[s.sha256] for s in sounds]
+        heard |= {part: np.concatenate([k[part] for k in ordered]) for part in ordered[0]}
     return heard
 
 # %% ../nbs/13b_folders.ipynb #682a8ddd

@@ -21,7 +21,8 @@ from fastcore.basics import ifnone, patch
 from PIL import Image
 from safetensors.torch import load_model, save_file
 
-from .config import component_path, get_preset, pick_device, replacing, require_number, require_positive, write_json
+from .config import component_path, get_preset, pick_device, replacing, write_json
+from .config import require_number, require_positive
 from .generators import AudioLDM, StableDiffusion, check_strength, generators_for
 from .mapper import MapperConfig
 from .pandagpt import QUESTION, PandaGPT
@@ -152,7 +153,7 @@ def as_sound(wave, name:str)->np.ndarray:
     if hasattr(wave, 'dtype') and wave.dtype != object: return np.asarray(wave)
     raise TypeError(f'{name} must be an array of samples, not {short(wave)}')
 
-def one_text(x)->bool: return getattr(x, 'ndim', 1) != 1               # a table is not a list of its column names
+def one_text(x)->bool: return getattr(x, 'ndim', 1) != 1 # a table is not the list of its column names
 def one_picture(x)->bool: return getattr(x, 'ndim', 1) in (0, 2, 3)
 def one_sound(x)->bool: return getattr(x, 'dtype', object) != object
 
@@ -223,7 +224,8 @@ def generate(self:EGMI,
     "Generate from any mix of modalities (paper, section 3.4)"
     outputs, preset = check_outputs(outputs), self.preset
     steps = ifnone(steps, preset.sampling_steps)
-    guidance_image, guidance_audio = ifnone(guidance_image, preset.guidance_image), ifnone(guidance_audio, preset.guidance_audio)
+    guidance_image = ifnone(guidance_image, preset.guidance_image)
+    guidance_audio = ifnone(guidance_audio, preset.guidance_audio)
     require_positive(steps=steps, max_new_tokens=max_new_tokens)
     require_number(guidance_image=guidance_image, guidance_audio=guidance_audio)
     texts, features = self.prompts(text, images, audio, sample_rate)
@@ -231,13 +233,14 @@ def generate(self:EGMI,
     conditions = predict_conditions(self.conditioner, self.panda, cache_prefixes(self.panda, texts, features, progress=progress))
     if 'image' in outputs and conditions.clip_NLC is None: raise ValueError(f'{type(self.conditioner.mapper).__name__} makes no pictures: leave image out of outputs')
     seeds = torch.randint(2**31, (len(texts),), generator=generator)
+    shared = dict(steps=steps, progress=progress)
     pictures = sounds = None
     if 'image' in outputs:
-        pictures = self.stable_diffusion.generate(conditions.clip_NLC, generators_for(seeds), steps=steps,
-                                                  guidance_scale=guidance_image, progress=progress)
+        pictures = self.stable_diffusion.generate(conditions.clip_NLC, generators_for(seeds),
+                                                  guidance_scale=guidance_image, **shared)
     if 'audio' in outputs:
-        sounds = self.audioldm.generate(conditions.clap_NC, preset.seconds, generators_for(seeds), steps=steps,
-                                        guidance_scale=guidance_audio, progress=progress)
+        sounds = self.audioldm.generate(conditions.clap_NC, preset.seconds, generators_for(seeds),
+                                        guidance_scale=guidance_audio, **shared)
     return EGMIOutput(answers, pictures, sounds, self.audioldm.vocoder.config.sampling_rate)
 
 # %% ../nbs/10_model.ipynb #c65453c5
@@ -253,7 +256,8 @@ def edit(self:EGMI,
     progress:bool=True
 )->EGMIOutput:
     "Change sounds as a text says (paper, Table 2)"
-    steps, guidance_scale = ifnone(steps, self.preset.sampling_steps), ifnone(guidance_scale, self.preset.guidance_audio)
+    steps = ifnone(steps, self.preset.sampling_steps)
+    guidance_scale = ifnone(guidance_scale, self.preset.guidance_audio)
     check_strength(strength)
     require_positive(steps=steps)
     require_number(guidance_scale=guidance_scale)
