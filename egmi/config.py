@@ -151,7 +151,7 @@ def require_number(
     "ValueError unless each of the numbers is finite"
     limit = '' if above == -math.inf else f' above {above:g}'
     for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value <= above:
+        if isinstance(value, bool) or not isinstance(value, Real) or not above < value < math.inf:
             raise ValueError(f'{name} must be a finite number{limit}, not {value!r}')
 
 # %% ../nbs/00_config.ipynb #0770dacd

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .config import WEIGHTS, Preset, cache_dir, component_path, read_arrays, read_kept, read_or_make, replacing, require_positive
+from .config import WEIGHTS, Preset, cache_dir, component_path
+from .config import read_arrays, read_kept, read_or_make, replacing, require_positive
 from .encoders import Clap, OpenClip, TransformersClip
 from .fitting import in_batches
 from .generators import AudioLDM, StableDiffusion, generators_for

@@ -95,14 +95,15 @@ def read_checkpoint(path:Path)->bytes:
 def shapes(state:dict)->dict: return {name: tuple(t.shape) for name, t in state.items()}
 
 def load_checkpoint(path:Path, module:nn.Module, optimizer, config:FitConfig, device)->list[float]:
-    "Restore module and optimizer from `path`; returns the losses so far, none if there is no whole checkpoint"
+    "Restore module and optimizer from `path`; returns the losses so far, none without a whole one"
     state = read_kept(path, read_checkpoint)
     if state is None: return []
     saved = torch.load(io.BytesIO(state), map_location=device, weights_only=True)
     differ = [k for k, v in asdict(config).items() if saved['config'].get(k) != v]
     if shapes(saved['module']) != shapes(module.state_dict()): differ.append('model')
     if differ:
-        raise ValueError(f'checkpoint {path} was made with another {", ".join(differ)}: delete it or choose another folder')
+        raise ValueError(f'checkpoint {path} was made with another {", ".join(differ)}: '
+                         'delete it or choose another folder')
     module.load_state_dict(saved['module'])
     optimizer.load_state_dict(saved['optimizer'])
     return saved['losses']
@@ -119,7 +120,8 @@ def fit(
     require_positive(steps=config.steps, batch_size=config.batch_size, save_every=config.save_every)
     trained = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
-    losses = load_checkpoint(Path(checkpoint), module, optimizer, config, trained[0].device) if checkpoint else []
+    losses = []
+    if checkpoint: losses = load_checkpoint(Path(checkpoint), module, optimizer, config, trained[0].device)
     with tqdm(total=config.steps * config.batch_size, initial=len(losses) * config.batch_size, desc=desc, unit=' samples', mininterval=2) as bar:
         for step in range(len(losses), config.steps):
             for group in optimizer.param_groups: group['lr'] = learning_rate(step, config)

@@ -24,19 +24,25 @@ import torchaudio
 from fastcore.script import call_parse
 from tqdm import tqdm
 
-from .audio import (SOUNDS, as_channels, audio_info, checked_rate, is_silent, list_sounds, read_audio,
+<<<<<<< /tmp/tmp5qtssxfp
+from egmi.audio import (SOUNDS, as_channels, audio_info, checked_rate, is_silent, list_sounds, read_audio,
                         resample, wav_bytes)
-from .config import (component_path, file_hash, get_preset, pick_device, read_arrays, read_kept,
+from egmi.config import (component_path, file_hash, get_preset, pick_device, read_arrays, read_kept,
                          replacing, write_json)
-from .data import read_csv, tally
-from .evaluation import load_clap, work_folder
-from .files import bad_file, explain_mismatch
-from .listeners import RATE, Cnn14, VGGish, equal_lengths
-from .metrics import (KL_EPSILON, cosine_similarity, frechet_distance, inception_score, kernel_distance, kl_of_pairs,
+=======
+from egmi.audio import SILENCE, SOUNDS, audio_info, read_audio, wav_bytes
+from egmi.config import component_path, file_hash, get_preset, pick_device
+from egmi.config import read_arrays, read_kept, replacing, write_json
+>>>>>>> /tmp/tmp4bucx4dx
+from egmi.data import read_csv, tally
+from egmi.evaluation import load_clap, work_folder
+from egmi.files import bad_file, explain_mismatch
+from egmi.listeners import RATE, Cnn14, VGGish, equal_lengths
+from egmi.metrics import (KL_EPSILON, cosine_similarity, frechet_distance, inception_score, kernel_distance, kl_of_pairs,
                           mel_cepstral_distortion)
-from .mini.judge import Judge, read, sound_tensor
-from .reporting import check_writable, provenance, timed, write_table
-from .sources import require_weights
+from egmi.mini.judge import Judge, read, sound_tensor
+from egmi.reporting import check_writable, provenance, timed, write_table
+from egmi.sources import require_weights
 
 # %% ../nbs/13b_folders.ipynb #9771bc32
 def id_flaw(
@@ -275,7 +281,8 @@ def embed_sounds(
                 hear_batch(NETWORKS[name], load_network(name, path, device), [todo[i] for i in batch], resampler, folder)
                 bar.update(len(batch))
         kept |= {s.sha256: heard_before(folder, s) for s in todo}
-        heard |= {part: np.concatenate([kept[s.sha256][part] for s in sounds]) for part in kept[sounds[0].sha256]}
+        ordered = [kept[s.sha256] for s in sounds]
+        heard |= {part: np.concatenate([k[part] for k in ordered]) for part in ordered[0]}
     return heard
 
 # %% ../nbs/13b_folders.ipynb #682a8ddd

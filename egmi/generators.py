@@ -284,7 +284,8 @@ class AudioLDM(LatentDiffusion):
     ):
         "Load the frozen components; FileNotFoundError names a missing one"
         check_source(source, (*cls.classes, 'scheduler'))
-        heads = ifnone(attention_head_dim, attention_heads(UNet2DConditionModel.load_config(source, subfolder='unet')))
+        config = UNet2DConditionModel.load_config(source, subfolder='unet')
+        heads = ifnone(attention_head_dim, attention_heads(config))
         return super().from_pretrained(source, dtype, device, attention_head_dim=heads)
 
     def _embed(self, ids, mask): return F.normalize(self.text_encoder(ids, attention_mask=mask).text_embeds, dim=-1)

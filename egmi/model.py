@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['save_conditioner', 'trained', 'load_conditioner', 'load_panda', 'load_generators', 'mapper_config', 'EGMIOutput',
-           'EGMI', 'short', 'as_text', 'one_text', 'one_picture', 'one_sound', 'listed', 'check_outputs']
+           'EGMI', 'check_outputs']
 
 # %% ../nbs/10_model.ipynb #c4fa55fd
 import json, reprlib
@@ -18,14 +18,19 @@ import torch
 from fastcore.basics import ifnone, patch
 from safetensors.torch import load_model, save_file
 
-from .audio import as_wave, resample
-from .config import (component_path, get_preset, pick_device, pick_dtype, replacing, require_number,
+<<<<<<< /tmp/tmpnxwt3p2k
+from egmi.audio import as_wave, resample
+from egmi.config import (component_path, get_preset, pick_device, pick_dtype, replacing, require_number,
                          require_positive, write_json)
-from .generators import AudioLDM, StableDiffusion, check_strength, generators_for
-from .images import as_rgb
-from .mapper import MapperConfig
-from .pandagpt import QUESTION, PandaGPT
-from .training import BASELINES, MAPPERS, Conditioner, Targets, cache_prefixes, make_conditioner, predict_conditions
+=======
+from egmi.config import component_path, get_preset, pick_device, replacing, write_json
+from egmi.config import require_number, require_positive
+>>>>>>> /tmp/tmp_oslhzz2
+from egmi.generators import AudioLDM, StableDiffusion, check_strength, generators_for
+from egmi.images import as_rgb
+from egmi.mapper import MapperConfig
+from egmi.pandagpt import QUESTION, PandaGPT
+from egmi.training import BASELINES, MAPPERS, Conditioner, Targets, cache_prefixes, make_conditioner, predict_conditions
 
 # %% ../nbs/10_model.ipynb #f9217554
 def save_conditioner(
@@ -146,7 +151,22 @@ def as_text(text, name:str)->str:
     if isinstance(text, str): return str(text)
     raise TypeError(f'{name} must be a string, not {short(text)}')
 
+<<<<<<< /tmp/tmpbjsbwira
 def one_text(x)->bool: return getattr(x, 'ndim', 1) != 1               # a table is not a list of its column names
+=======
+def as_picture(image, name:str)->Image.Image:
+    "A picture, or a TypeError"
+    if isinstance(image, np.ndarray): image = Image.fromarray(image)
+    if isinstance(image, Image.Image): return image
+    raise TypeError(f'{name} must be a PIL picture or an array, not {short(image)}')
+
+def as_sound(wave, name:str)->np.ndarray:
+    "Samples, or a TypeError"
+    if hasattr(wave, 'dtype') and wave.dtype != object: return np.asarray(wave)
+    raise TypeError(f'{name} must be an array of samples, not {short(wave)}')
+
+def one_text(x)->bool: return getattr(x, 'ndim', 1) != 1 # a table is not the list of its column names
+>>>>>>> /tmp/tmp30ywqhpe
 def one_picture(x)->bool: return getattr(x, 'ndim', 1) in (0, 2, 3)
 
 def one_sound(x)->bool:
@@ -225,7 +245,8 @@ def generate(self:EGMI,
     "Generate from any mix of modalities (paper, section 3.4)"
     outputs, preset = check_outputs(outputs), self.preset
     steps = ifnone(steps, preset.sampling_steps)
-    guidance_image, guidance_audio = ifnone(guidance_image, preset.guidance_image), ifnone(guidance_audio, preset.guidance_audio)
+    guidance_image = ifnone(guidance_image, preset.guidance_image)
+    guidance_audio = ifnone(guidance_audio, preset.guidance_audio)
     require_positive(steps=steps, max_new_tokens=max_new_tokens)
     require_number(guidance_image=guidance_image, guidance_audio=guidance_audio)
     texts, features = self.prompts(text, images, audio, sample_rate)
@@ -233,13 +254,14 @@ def generate(self:EGMI,
     conditions = predict_conditions(self.conditioner, self.panda, cache_prefixes(self.panda, texts, features, progress=progress))
     if 'image' in outputs and conditions.clip_NLC is None: raise ValueError(f'{type(self.conditioner.mapper).__name__} makes no pictures: leave image out of outputs')
     seeds = torch.randint(2**31, (len(texts),), generator=generator)
+    shared = dict(steps=steps, progress=progress)
     pictures = sounds = None
     if 'image' in outputs:
-        pictures = self.stable_diffusion.generate(conditions.clip_NLC, generators_for(seeds), steps=steps,
-                                                  guidance_scale=guidance_image, progress=progress)
+        pictures = self.stable_diffusion.generate(conditions.clip_NLC, generators_for(seeds),
+                                                  guidance_scale=guidance_image, **shared)
     if 'audio' in outputs:
-        sounds = self.audioldm.generate(conditions.clap_NC, preset.seconds, generators_for(seeds), steps=steps,
-                                        guidance_scale=guidance_audio, progress=progress)
+        sounds = self.audioldm.generate(conditions.clap_NC, preset.seconds, generators_for(seeds),
+                                        guidance_scale=guidance_audio, **shared)
     return EGMIOutput(answers, pictures, sounds, self.audioldm.vocoder.config.sampling_rate)
 
 # %% ../nbs/10_model.ipynb #c65453c5
@@ -255,7 +277,8 @@ def edit(self:EGMI,
     progress:bool=True
 )->EGMIOutput:
     "Change sounds as a text says (paper, Table 2)"
-    steps, guidance_scale = ifnone(steps, self.preset.sampling_steps), ifnone(guidance_scale, self.preset.guidance_audio)
+    steps = ifnone(steps, self.preset.sampling_steps)
+    guidance_scale = ifnone(guidance_scale, self.preset.guidance_audio)
     check_strength(strength)
     require_positive(steps=steps)
     require_number(guidance_scale=guidance_scale)

@@ -104,7 +104,8 @@ def stored_targets(
 )->StoredTargets:
     "`text_targets` of many captions, kept on disk; shards that are there are not computed again"
     require_positive(shard_size=shard_size)
-    encoders, clip, clap = weights_hash(stable_diffusion.text_encoder) + weights_hash(audioldm.text_encoder), [], []
+    encoders = weights_hash(stable_diffusion.text_encoder) + weights_hash(audioldm.text_encoder)
+    clip, clap = [], []
     for start in tqdm(range(0, len(captions), shard_size), desc='targets', unit='shard', disable=not progress):
         part = captions[start:start + shard_size]
         stem = Path(folder)/hashlib.sha256('\0'.join([encoders, *part]).encode()).hexdigest()[:24]

@@ -70,7 +70,8 @@ def main(
 ):
     "Train the small CLAP"
     making, corpus, config = Making('clap', device, root, onward), render_corpus('train', n_scenes), FitConfig(steps, batch_size, lr=lr)
-    tokenizer = RobertaTokenizer.from_pretrained(making.source(making.name)) if onward else roberta_tokenizer(with_prefixes(corpus.captions[:4000]))
+    if onward: tokenizer = RobertaTokenizer.from_pretrained(making.source(making.name))
+    else: tokenizer = roberta_tokenizer(with_prefixes(corpus.captions[:4000]))
     extractor = feature_extractor()
     ids_4NL, features = caption_ids(tokenizer, corpus, 'The sound of ').to(making.device), ClapFeatures(extractor).to(making.device)
     torch.manual_seed(config.seed)

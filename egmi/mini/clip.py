@@ -111,7 +111,8 @@ def main(
     "Train the small CLIP"
     making, corpus, config = Making('clip', device, root, onward), render_corpus('train', n_scenes), FitConfig(steps, batch_size, lr=lr)
     anew, processor = 'contrastive' in parts and not onward, image_processor()
-    tokenizer = clip_tokenizer(with_prefixes(corpus.captions[:4000])) if anew else CLIPTokenizer.from_pretrained(making.source(making.name))
+    if anew: tokenizer = clip_tokenizer(with_prefixes(corpus.captions[:4000]))
+    else: tokenizer = CLIPTokenizer.from_pretrained(making.source(making.name))
     ids_4NL = caption_ids(tokenizer, corpus, 'The image of ').to(making.device)
     lengths_N = (ids_4NL != tokenizer.pad_token_id).sum(2).amax(0) + 1
     mean, std = (torch.tensor(v, device=making.device).view(1, 3, 1, 1) for v in (processor.image_mean, processor.image_std))

@@ -83,7 +83,8 @@ def main(
     ids_NL = prefixed_ids(tokenizer, corpus.captions, '')[0].to(making.device)
     torch.manual_seed(config.seed)
     model = ImageBind(sizes)
-    model.load_state_dict(model.state_dict() | clip_towers(CLIPModel.from_pretrained(clip, dtype=torch.float32), sizes.embed_dim))
+    towers = clip_towers(CLIPModel.from_pretrained(clip, dtype=torch.float32), sizes.embed_dim)
+    model.load_state_dict(model.state_dict() | towers)
     rows_of = look_alike_batches(corpus.labels_NF, ('object',), config)
     def loss_fn(step):
         rows = rows_of(step)

@@ -89,7 +89,8 @@ def main(
     "Train the projection from ImageBind into SmolLM2, and its low-rank change; the small ImageBind must exist"
     making, corpus, config = Making('projection', device, root, onward), render_corpus('train', n_scenes), FitConfig(steps, batch_size, lr=lr)
     torch.manual_seed(config.seed)
-    panda = PandaGPT.from_pretrained(imagebind=str(making.source('imagebind').absolute()), projection=None, device=making.device)
+    imagebind = str(making.source('imagebind').absolute())
+    panda = PandaGPT.from_pretrained(imagebind=imagebind, projection=None, device=making.device)
     see = lambda rows: panda.image_features([Image.fromarray(corpus.images_NHWC[i]) for i in rows])
     learnt = add_low_rank(panda)
     if onward: load_delta(learnt, making.file('captions'))

@@ -173,8 +173,9 @@ def main(
     making, corpus = Making('stable-diffusion', device, root, onward), render_corpus('train', n_scenes)
     see = lambda rows: picture_tensor(corpus.images_NHWC[rows])
     vae = train_vae(making, image_vae, len(corpus), see, FitConfig(vae_steps, batch_size, lr=vae_lr), 'unet' in parts, tint_weight=2.) if 'vae' in parts else making.published(AutoencoderKL, 'vae')
-    text_encoder = CLIPTextModel.from_pretrained(making.source('clip'), dtype=torch.float32).to(making.device)
-    tokenizer = CLIPTokenizer.from_pretrained(making.source('clip'))
+    clip = making.source('clip')
+    text_encoder = CLIPTextModel.from_pretrained(clip, dtype=torch.float32).to(making.device)
+    tokenizer = CLIPTokenizer.from_pretrained(clip)
     if 'unet' not in parts: unet = making.published(UNet2DConditionModel, 'unet')
     else:
         again_M, level_M = fades(len(corpus))

@@ -14,7 +14,8 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file
 
-from ..config import WEIGHTS, cache_dir, component_path, file_hash, pick_device, read_kept, replacing, write_json
+from ..config import WEIGHTS, cache_dir, component_path, file_hash, pick_device
+from ..config import read_kept, replacing, write_json
 from ..fitting import FitConfig, fit, smooth
 from ..reporting import code_version, hardware
 
@@ -72,7 +73,8 @@ class Making:
 # %% ../../nbs/mini/05_weights.ipynb #96a0a701
 def record(making:Making)->dict: # part -> its history
     "How each part was made: command, steps, seconds, code, hardware"
-    options = [word for before, word in zip(sys.argv, sys.argv[1:]) if before != '--root' and not word.startswith('--root')]
+    given = zip(sys.argv, sys.argv[1:])
+    options = [word for before, word in given if before != '--root' and not word.startswith('--root')]
     command = ' '.join(['python -m', f'egmi.mini.{Path(sys.argv[0]).stem}', *options])
     where = dict(command=command, code=code_version(), hardware=hardware(), torch=torch.__version__, python=platform.python_version(), date=time.strftime('%Y-%m-%d'))
     return {part: dict(steps=len(losses), seconds=making.seconds[part], final_loss=round(sum(losses[-50:]) / len(losses[-50:]), 5), **where)
