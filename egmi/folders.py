@@ -24,25 +24,19 @@ import torchaudio
 from fastcore.script import call_parse
 from tqdm import tqdm
 
-<<<<<<< /tmp/tmp5qtssxfp
-from egmi.audio import (SOUNDS, as_channels, audio_info, checked_rate, is_silent, list_sounds, read_audio,
+from .audio import (SOUNDS, as_channels, audio_info, checked_rate, is_silent, list_sounds, read_audio,
                         resample, wav_bytes)
-from egmi.config import (component_path, file_hash, get_preset, pick_device, read_arrays, read_kept,
+from .config import (component_path, file_hash, get_preset, pick_device, read_arrays, read_kept,
                          replacing, write_json)
-=======
-from egmi.audio import SILENCE, SOUNDS, audio_info, read_audio, wav_bytes
-from egmi.config import component_path, file_hash, get_preset, pick_device
-from egmi.config import read_arrays, read_kept, replacing, write_json
->>>>>>> /tmp/tmp4bucx4dx
-from egmi.data import read_csv, tally
-from egmi.evaluation import load_clap, work_folder
-from egmi.files import bad_file, explain_mismatch
-from egmi.listeners import RATE, Cnn14, VGGish, equal_lengths
-from egmi.metrics import (KL_EPSILON, cosine_similarity, frechet_distance, inception_score, kernel_distance, kl_of_pairs,
+from .data import read_csv, tally
+from .evaluation import load_clap, work_folder
+from .files import bad_file, explain_mismatch
+from .listeners import RATE, Cnn14, VGGish, equal_lengths
+from .metrics import (KL_EPSILON, cosine_similarity, frechet_distance, inception_score, kernel_distance, kl_of_pairs,
                           mel_cepstral_distortion)
-from egmi.mini.judge import Judge, read, sound_tensor
-from egmi.reporting import check_writable, provenance, timed, write_table
-from egmi.sources import require_weights
+from .mini.judge import Judge, read, sound_tensor
+from .reporting import check_writable, provenance, timed, write_table
+from .sources import require_weights
 
 # %% ../nbs/13b_folders.ipynb #9771bc32
 def id_flaw(

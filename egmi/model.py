@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['save_conditioner', 'trained', 'load_conditioner', 'load_panda', 'load_generators', 'mapper_config', 'EGMIOutput',
-           'EGMI', 'check_outputs']
+           'EGMI', 'short', 'as_text', 'one_text', 'one_picture', 'one_sound', 'listed', 'check_outputs']
 
 # %% ../nbs/10_model.ipynb #c4fa55fd
 import json, reprlib
@@ -18,19 +18,14 @@ import torch
 from fastcore.basics import ifnone, patch
 from safetensors.torch import load_model, save_file
 
-<<<<<<< /tmp/tmpnxwt3p2k
-from egmi.audio import as_wave, resample
-from egmi.config import (component_path, get_preset, pick_device, pick_dtype, replacing, require_number,
+from .audio import as_wave, resample
+from .config import (component_path, get_preset, pick_device, pick_dtype, replacing, require_number,
                          require_positive, write_json)
-=======
-from egmi.config import component_path, get_preset, pick_device, replacing, write_json
-from egmi.config import require_number, require_positive
->>>>>>> /tmp/tmp_oslhzz2
-from egmi.generators import AudioLDM, StableDiffusion, check_strength, generators_for
-from egmi.images import as_rgb
-from egmi.mapper import MapperConfig
-from egmi.pandagpt import QUESTION, PandaGPT
-from egmi.training import BASELINES, MAPPERS, Conditioner, Targets, cache_prefixes, make_conditioner, predict_conditions
+from .generators import AudioLDM, StableDiffusion, check_strength, generators_for
+from .images import as_rgb
+from .mapper import MapperConfig
+from .pandagpt import QUESTION, PandaGPT
+from .training import BASELINES, MAPPERS, Conditioner, Targets, cache_prefixes, make_conditioner, predict_conditions
 
 # %% ../nbs/10_model.ipynb #f9217554
 def save_conditioner(
@@ -151,22 +146,7 @@ def as_text(text, name:str)->str:
     if isinstance(text, str): return str(text)
     raise TypeError(f'{name} must be a string, not {short(text)}')
 
-<<<<<<< /tmp/tmpbjsbwira
-def one_text(x)->bool: return getattr(x, 'ndim', 1) != 1               # a table is not a list of its column names
-=======
-def as_picture(image, name:str)->Image.Image:
-    "A picture, or a TypeError"
-    if isinstance(image, np.ndarray): image = Image.fromarray(image)
-    if isinstance(image, Image.Image): return image
-    raise TypeError(f'{name} must be a PIL picture or an array, not {short(image)}')
-
-def as_sound(wave, name:str)->np.ndarray:
-    "Samples, or a TypeError"
-    if hasattr(wave, 'dtype') and wave.dtype != object: return np.asarray(wave)
-    raise TypeError(f'{name} must be an array of samples, not {short(wave)}')
-
 def one_text(x)->bool: return getattr(x, 'ndim', 1) != 1 # a table is not the list of its column names
->>>>>>> /tmp/tmp30ywqhpe
 def one_picture(x)->bool: return getattr(x, 'ndim', 1) in (0, 2, 3)
 
 def one_sound(x)->bool:
