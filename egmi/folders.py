@@ -32,8 +32,8 @@ from .data import read_csv, tally
 from .evaluation import load_clap, work_folder
 from .files import bad_file, explain_mismatch
 from .listeners import RATE, Cnn14, VGGish, equal_lengths
-from .metrics import (KL_EPSILON, cosine_similarity, frechet_distance, inception_score, kernel_distance, kl_of_pairs,
-                          mel_cepstral_distortion)
+from .metrics import KL_EPSILON, cosine_similarity, frechet_distance, inception_score
+from .metrics import kernel_distance, kl_of_pairs, mel_cepstral_distortion
 from .mini.judge import Judge, read, sound_tensor
 from .reporting import check_writable, provenance, timed, write_table
 from .sources import require_weights
@@ -270,7 +270,8 @@ def embed_sounds(
         kept = {s.sha256: heard_before(folder, s) for s in sounds}
         todo = list({s.sha256: s for s in sounds if kept[s.sha256] is None}.values())
         with tqdm(total=len(todo), desc=f'{name} listens', unit='sound', mininterval=2, disable=not (progress and todo)) as bar:
-            batches = equal_lengths(todo, batch_size, lambda s: (s.sample_rate, s.frames), lambda s: s.frames / s.sample_rate)
+            batches = equal_lengths(todo, batch_size, lambda s: (s.sample_rate, s.frames),
+                                    seconds=lambda s: s.frames / s.sample_rate)
             for batch in batches:
                 hear_batch(NETWORKS[name], load_network(name, path, device), [todo[i] for i in batch], resampler, folder)
                 bar.update(len(batch))

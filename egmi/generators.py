@@ -376,7 +376,7 @@ def edit(
     self:AudioLDM,
     clap_BC,                 # CLAP text embeddings of what is wanted
     wave_BT,                 # sources: mono, 16 kHz, in [-1, 1]
-    strength:float=.5,       # 0 gives the sources as VAE and vocoder render them, 1 keeps their length and level
+    strength:float=.5,       # 0 keeps the sources as VAE and vocoder render them, 1 their length and level
     spans=None,              # B pairs (start, end) in seconds outside of which nothing changes
     generator=None,          # list of B torch.Generator, see `generators_for`
     latents=None,            # [B, V, t, f] noise to put on the sources instead

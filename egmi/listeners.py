@@ -224,8 +224,8 @@ def examples(self:VGGish,
     else:
         step, needed, wave_T = 15_360, EXAMPLE, at_least_two_seconds(wave_T)
     if len(wave_T) < needed:
-        raise ValueError(f'{name} has {len(wave_T):,} samples at 16 kHz, less than the {needed:,} that VGGish '
-                         'hears at once: leave it out or add silence')
+        raise ValueError(f'{name} has {len(wave_T):,} samples at 16 kHz, less than the {needed:,} that '
+                         'VGGish hears at once: leave it out or add silence')
     return [wave_T[i:i + EXAMPLE] for i in range(0, len(wave_T) - needed + 1, step)]
 
 # %% ../nbs/12c_listeners.ipynb #3b8e04d3

@@ -164,7 +164,7 @@ KL_EPSILON = 1e-6 # of audioldm_eval
 def kl_of_pairs(
     ref_logits_NC,   # a classifier's logits for the references
     gen_logits_NC,   # its logits for the generated samples, in the same order
-    epsilon:float=0. # added to the probabilities of the generated samples; `KL_EPSILON` as in published values
+    epsilon:float=0. # added to the generated samples' probabilities; `KL_EPSILON` for published values
 )->np.ndarray:       # [N], nats
     "KL(reference || generated) of the classifier's softmaxes, pair by pair"
     ref_NC = as_matrix(ref_logits_NC, 'ref_logits_NC', min_rows=1)
@@ -180,7 +180,7 @@ def kl_of_pairs(
 def kl_divergence(
     ref_logits_NC,   # a classifier's logits for the references
     gen_logits_NC,   # its logits for the generated samples, in the same order
-    epsilon:float=0. # added to the probabilities of the generated samples; `KL_EPSILON` as in published values
+    epsilon:float=0. # added to the generated samples' probabilities; `KL_EPSILON` for published values
 )->float:            # nats
     "Mean KL(reference || generated) of the classifier's softmaxes over pairs"
     return float(kl_of_pairs(ref_logits_NC, gen_logits_NC, epsilon).mean())
@@ -222,7 +222,8 @@ def high_passed(
 )->np.ndarray:        # [samples], nothing delayed
     "A sound without what lies too low to be heard"
     if not 0 <= cutoff < sample_rate / 2:
-        raise ValueError(f'highpass ({cutoff} Hz) must lie between 0 and {sample_rate / 2:g}, half the sample rate')
+        raise ValueError(f'highpass ({cutoff} Hz) must lie between 0 and {sample_rate / 2:g}, '
+                         'half the sample rate')
     if cutoff == 0:
         return sound
     beyond = min(len(sound) - 1, round(3 * sample_rate / cutoff))  # samples that go on after either end
@@ -259,7 +260,8 @@ def mel_cepstra(
     sound = as_array(sound, name)
     n_fft, step = round(frame * sample_rate), round(hop * sample_rate)
     if min(n_fft, step) < 1:
-        raise ValueError(f'frame ({frame} s) and hop ({hop} s) must last at least a sample at {sample_rate} Hz')
+        raise ValueError(f'frame ({frame} s) and hop ({hop} s) must last at least a sample '
+                         f'at {sample_rate} Hz')
     if not 0 <= first < first + n_cepstra <= n_mels:
         raise ValueError(f'n_cepstra={n_cepstra} from first={first}: {n_mels} mel bands have the cepstra '
                          f'0 to {n_mels - 1}, and at least one is needed')
@@ -277,7 +279,7 @@ def mel_cepstra(
 
 # %% ../nbs/11_metrics.ipynb #ef7e355b
 def warped_mean(
-    cost_TU,            # distance of each frame of one sound to each of the other: a matrix, or its rows one by one
+    cost_TU,            # distances of the frames of two sounds: a matrix, or its rows one by one
     shape:tuple=None,   # (T, U), where rows come one by one
     largest:float=None  # no distance is larger; where rows come one by one
 )->float:
@@ -326,5 +328,6 @@ def mel_cepstral_distortion(
         rows = (cdist(frame_K[None], gen_UK)[0] for frame_K in ref_TK)
         return scale * warped_mean(rows, shape, distance_bound(ref_TK, gen_UK))
     if shape[0] != shape[1]:
-        raise ValueError(f'ref has {shape[0]} frames and gen {shape[1]}: without align they must be equally long')
+        raise ValueError(f'ref has {shape[0]} frames and gen {shape[1]}: '
+                         'without align they must be equally long')
     return scale * float(np.linalg.norm(ref_TK - gen_UK, axis=1).mean())

@@ -1,6 +1,6 @@
-"""Measures and inputs are defined as in the official code that they are compared with, and memory does not grow with pairs.
+"""Measures and inputs are defined as in the official code, and memory does not grow with pairs.
 
-Each definition is written out here once more, from the official source, and needs no weights but random ones."""
+Each definition is written out here once more, from the official source. Weights are random."""
 import tracemalloc
 from contextlib import contextmanager
 from fractions import Fraction
@@ -86,11 +86,15 @@ def test_a_quiet_recording_has_the_latents_that_audioldm_makes(audioldm, monkeyp
     quiet = np.stack([.1 * wave / abs(wave).max() + .01 for wave in SCENES[:2]]).astype(np.float32)
     centred = quiet - quiet.mean(1, keepdims=True)
     official = centred / (abs(centred).max(1, keepdims=True) + 1e-8) * .5
-    heard = []
-    encode = type(audioldm).encode_audio
-    monkeypatch.setattr(type(audioldm), 'encode_audio', lambda self, wave_BT: heard.append(encode(self, wave_BT)) or heard[-1])
+    heard, encode = [], type(audioldm).encode_audio
+
+    def listening(self, wave_BT):
+        heard.append(encode(self, wave_BT))
+        return heard[-1]
+    monkeypatch.setattr(type(audioldm), 'encode_audio', listening)
     edited(audioldm, quiet, strength=0.)
-    torch.testing.assert_close(torch.cat(heard), encode(audioldm, torch.from_numpy(official)), atol=1e-3, rtol=1e-3)
+    expected = encode(audioldm, torch.from_numpy(official))
+    torch.testing.assert_close(torch.cat(heard), expected, atol=1e-3, rtol=1e-3)
     assert (encode(audioldm, torch.from_numpy(quiet)) - heard[0]).abs().max() > .01
 
 
@@ -125,7 +129,8 @@ def vggish(): return without_weights(VGGish, lambda mel_BTM: mel_BTM.flatten(1)[
 
 
 def test_vggish_hears_no_offset(vggish):
-    np.testing.assert_allclose(vggish.embed([wave + .05 for wave in SCENES], RATE), vggish.embed(SCENES, RATE), atol=1e-4)
+    with_offset = vggish.embed([wave + .05 for wave in SCENES], RATE)
+    np.testing.assert_allclose(with_offset, vggish.embed(SCENES, RATE), atol=1e-4)
 
 
 @pytest.mark.parametrize('n_samples', [1, 9_000, EXAMPLE, 31_999])
@@ -142,7 +147,11 @@ def test_vggish_hears_two_seconds_of_a_short_sound(vggish, n_samples):
 def test_vggish_needs_little_for_ten_minutes(vggish):
     "625 examples, in batches as asked for."
     sizes, forward = [], vggish.forward
-    vggish.forward = lambda mel_BTM: sizes.append(len(mel_BTM)) or forward(mel_BTM)
+
+    def counting(mel_BTM):
+        sizes.append(len(mel_BTM))
+        return forward(mel_BTM)
+    vggish.forward = counting
     wave = np.tile(SCENES[0], 235)[:600 * RATE]
     with at_most(300): assert vggish.embed([wave], RATE).shape == (624, 128)
     assert sizes == [64] * 9 + [48]
@@ -150,18 +159,23 @@ def test_vggish_needs_little_for_ten_minutes(vggish):
 
 def test_cnn14_hears_long_sounds_in_small_batches():
     "A batch lasts no longer than as many sounds of ten seconds."
-    shapes = []
-    cnn14 = without_weights(Cnn14, lambda wave_BT: shapes.append(tuple(wave_BT.shape)) or (wave_BT[:, :4], wave_BT[:, 4:6]))
-    waves = [np.full(seconds * RATE, .1, np.float32) + np.sin(np.arange(seconds * RATE)) for seconds in [10] * 5 + [25] * 4 + [41]]
+    batches = []
+
+    def counting(wave_BT):
+        batches.append((len(wave_BT), wave_BT.shape[1] // RATE))
+        return wave_BT[:, :4], wave_BT[:, 4:6]
+    cnn14 = without_weights(Cnn14, counting)
+    waves = [np.sin(np.arange(seconds * RATE)) for seconds in [10] * 5 + [25] * 4 + [41]]
     features_ND, logits_NC = cnn14.listen(waves, RATE, batch_size=4)
-    assert [(n, samples // RATE) for n, samples in shapes] == [(4, 10), (1, 10), (1, 25), (1, 25), (1, 25), (1, 25), (1, 41)]
+    assert batches == [(4, 10), (1, 10), (1, 25), (1, 25), (1, 25), (1, 25), (1, 41)]
     assert features_ND.shape == (10, 4) and logits_NC.shape == (10, 2)
 
 
 def test_batches_hold_every_sound_once():
     "Of files, which are equal where rate and length are."
     rng = np.random.default_rng(0)
-    files = [(int(rate), int(rate * seconds)) for rate, seconds in zip(rng.choice([16_000, 48_000], 60), rng.choice([2, 10, 31, 300], 60))]
+    rates, seconds = rng.choice([16_000, 48_000], 60), rng.choice([2, 10, 31, 300], 60)
+    files = list(zip(rates, rates * seconds))
     batches = equal_lengths(files, 8, tuple, lambda file: file[1] / file[0])
     assert sorted(sum(batches, [])) == list(range(60))
     for batch in batches:
@@ -173,7 +187,8 @@ def test_batches_hold_every_sound_once():
 # Mel cepstral distortion
 
 @pytest.mark.parametrize('name, unheard', [
-    ('offset', .005 + 0 * SECONDS), ('large offset', .3 + 0 * SECONDS), ('drift', .01 * SECONDS), ('large drift', -.2 * SECONDS),
+    ('offset', .005 + 0 * SECONDS), ('large offset', .3 + 0 * SECONDS),
+    ('drift', .01 * SECONDS), ('large drift', -.2 * SECONDS),
     ('1 Hz', .005 * np.sin(2 * np.pi * SECONDS)), ('loud 1 Hz', .3 * np.sin(2 * np.pi * SECONDS + 1)),
     ('5 Hz', .005 * np.sin(10 * np.pi * SECONDS)), ('step', .005 * (SECONDS > 1.2))])
 def test_what_is_not_heard_costs_nothing(name, unheard):
@@ -188,7 +203,8 @@ def test_what_is_heard_costs_what_it_did():
         assert abs(mel_cepstral_distortion(wave, other, RATE) / plain - 1) < .03
 
 
-@pytest.mark.parametrize('wave', [np.zeros(RATE), np.full(RATE, .25), np.full(RATE, -.1, np.float32)], ids=['zeros', 'constant', 'float32'])
+@pytest.mark.parametrize('wave', [np.zeros(RATE), np.full(RATE, .25), np.full(RATE, -.1, np.float32)],
+                         ids=['zeros', 'constant', 'float32'])
 def test_a_constant_is_silent(wave):
     with pytest.raises(ValueError, match='gen is silent'): mel_cepstral_distortion(SCENES[0], wave, RATE)
 
@@ -203,5 +219,6 @@ def test_distortion_of_half_a_minute_needs_no_matrix():
 
 def test_distortion_by_rows_is_that_of_the_matrix():
     for wave, other in zip(SCENES, SCENES[1:]):
-        matrix = cdist(mel_cepstra(wave, RATE), mel_cepstra(other[:30_000], RATE))
-        np.testing.assert_allclose(mel_cepstral_distortion(wave, other[:30_000], RATE), DECIBELS * warped_mean(matrix), rtol=1e-10)
+        shorter = other[:30_000]
+        expected = DECIBELS * warped_mean(cdist(mel_cepstra(wave, RATE), mel_cepstra(shorter, RATE)))
+        np.testing.assert_allclose(mel_cepstral_distortion(wave, shorter, RATE), expected, rtol=1e-10)
