@@ -22,7 +22,6 @@ import soxr
 import torch
 import torchaudio
 from fastcore.script import call_parse
-from huggingface_hub import snapshot_download
 from scipy.special import log_softmax
 from tqdm import tqdm
 
