@@ -73,7 +73,7 @@ def sound_unet(condition:int, **sizes)->partial:
 
 # %% ../nbs/14_rehearsal.ipynb #61895ae1
 FULL = Scale('full', imagebind='imagebind_huge.pth', models=dict(
-    llm=partial(LlamaForCausalLM, LlamaConfig()),
+    llm=partial(LlamaForCausalLM, LlamaConfig(vocab_size=32_001)),
     imagebind=partial(ImageBind, ImageBindConfig.huge()),
     image_text=partial(CLIPTextModel, CLIP_TEXT),
     image_unet=partial(UNet2DConditionModel, sample_size=64, cross_attention_dim=768, attention_head_dim=8),
