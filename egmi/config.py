@@ -237,7 +237,7 @@ def component_path(
     ours = {name: entry for name, entry in manifest.items() if name.startswith(f'{source}/')}
     check_files(WEIGHTS, ours)
     if ours: return str(WEIGHTS/source)
-    *_, last = alternatives = source.split('|')
+    *_, last = alternatives = str(source).split('|')
     for name in alternatives:
         if (weights_dir()/name).exists(): return str(weights_dir()/name)
         if name.count('/') == 1 and (found := snapshot_path(name)): return str(found)

@@ -310,7 +310,8 @@ def check_loaded(
     lacking = sorted(set(info['missing_keys']) - computed)
     if lacking:
         shown = ', '.join(lacking[:3]) + ', ...' * (len(lacking) > 3)
-        raise ValueError(f'{place} lacks {len(lacking)} weights of {type(model).__name__}: {shown}: get all of its files')
+        raise ValueError(f'{place} lacks {len(lacking)} weights of {type(model).__name__}: {shown}: '
+                         'get all of its files')
     wrong = sorted(info['mismatched_keys'])
     if wrong:
         name, found, expected = wrong[0]
@@ -325,8 +326,8 @@ def load_whole(
 ):            # the model
     "A pretrained model without one random weight; an error names what its files lack"
     place = '/'.join([str(source), *filter(None, [options.get('subfolder')])])
-    try:
-        model, info = kind.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    report = dict(output_loading_info=True, ignore_mismatched_sizes=True)
+    try: model, info = kind.from_pretrained(source, **report, **options)
     except OSError as e:
         raise FileNotFoundError(f'no {kind.__name__} in {place}: {str(e).splitlines()[0]}') from e
     except (ValueError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as e:

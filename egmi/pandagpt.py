@@ -6,9 +6,9 @@
 __all__ = ['SMOLLM2', 'MERGE', 'VOCABULARY', 'QUESTION', 'VICUNA_ROWS', 'VICUNA_WIDTHS', 'find_gguf', 'convert_gguf', 'whole_llm',
            'download_smollm2', 'smollm2_path', 'find_file', 'sentencepiece_merges', 'read_sentencepiece',
            'load_tokenizer', 'is_difference', 'check_llm', 'load_llm', 'StoredTensor', 'stored_tensors',
-           'same_but_rows', 'check_pair', 'merged_tensor', 'files_beside_weights', 'merge_vicuna', 'PandaGPT',
-           'position_ids', 'append_ones', 'PrefixCache', 'read_delta', 'lora_targets', 'lora_key', 'delta_shapes',
-           'check_delta', 'check_vicuna']
+           'same_but_rows', 'check_pair', 'merged_tensor', 'files_beside_weights', 'write_merged', 'merge_vicuna',
+           'PandaGPT', 'position_ids', 'append_ones', 'PrefixCache', 'read_delta', 'lora_targets', 'lora_key',
+           'delta_shapes', 'check_delta', 'check_vicuna']
 
 # %% ../nbs/05_pandagpt.ipynb #5c232698
 import json, pickle, re, shutil
@@ -107,9 +107,11 @@ def read_sentencepiece(
     from transformers import PreTrainedTokenizerFast
     pieces = SentencePieceProcessor(model_file=str(path))
     vocab = {pieces.id_to_piece(i): i for i in range(len(pieces))}
-    bpe = Tokenizer(models.BPE(vocab, sentencepiece_merges(pieces, vocab), unk_token='<unk>', fuse_unk=True, byte_fallback=True))
+    merges = sentencepiece_merges(pieces, vocab)
+    bpe = Tokenizer(models.BPE(vocab, merges, unk_token='<unk>', fuse_unk=True, byte_fallback=True))
     bpe.normalizer = normalizers.Sequence([normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')])
-    bpe.decoder = decoders.Sequence([decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(' ', left=1)])
+    bpe.decoder = decoders.Sequence([decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse(),
+                                     decoders.Strip(' ', left=1)])
     names = dict(bos_token='<s>', eos_token='</s>', unk_token='<unk>')
     return PreTrainedTokenizerFast(tokenizer_object=bpe, split_special_tokens=True, **names)
 
@@ -123,7 +125,7 @@ def load_tokenizer(
     if pieces: return read_sentencepiece(pieces)
     try: return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as e:
-        raise FileNotFoundError(f'{source} has no tokenizer: an LLM comes with tokenizer.json or tokenizer.model') from e
+        raise FileNotFoundError(f'{source} has no tokenizer (tokenizer.json or tokenizer.model)') from e
 
 # %% ../nbs/05_pandagpt.ipynb #aeeaa526
 MERGE = 'egmi-weights merge-vicuna --llama DIR --delta DIR --out DIR'
@@ -142,8 +144,8 @@ def check_llm(
     "Raise a ValueError if the weights are a difference to another LLM's, or tokens have no embedding"
     gains_D = dict(llm.named_parameters()).get('model.norm.weight')
     if gains_D is not None and is_difference(gains_D):
-        raise ValueError(f'{source} holds the difference of an LLM to LLaMA, no LLM (the gains of its last norm are near 0): '
-                         f'add it to LLaMA with `{MERGE}`')
+        raise ValueError(f'{source} holds the difference of an LLM to LLaMA, no LLM '
+                         f'(the gains of its last norm are near 0): add it to LLaMA with `{MERGE}`')
     tokens, rows = len(tokenizer), llm.get_input_embeddings().num_embeddings
     if tokens > rows:
         raise ValueError(f'the tokenizer in {source} has {tokens} tokens, but the LLM beside it only {rows} embeddings: '
@@ -183,9 +185,14 @@ def stored_tensors(
     "The weights of an LLM, without those that are computed"
     files = sorted(folder.glob('model*.safetensors')) or sorted(folder.glob('pytorch_model*.bin'))
     if not files:
-        raise FileNotFoundError(f'{folder} has no weights in Hugging Face layout, neither model*.safetensors nor pytorch_model*.bin')
-    return {name: StoredTensor(file, name, tuple(t.shape)) for file in files for name, t in read_tensors(file).items()
-            if not name.endswith('rotary_emb.inv_freq')}
+        raise FileNotFoundError(f'{folder} has no weights in Hugging Face layout: '
+                                'neither model*.safetensors nor pytorch_model*.bin')
+    found = {}
+    for file in files:
+        for name, t in read_tensors(file).items():
+            if name.endswith('rotary_emb.inv_freq'): continue
+            found[name] = StoredTensor(file, name, tuple(t.shape))
+    return found
 
 # %% ../nbs/05_pandagpt.ipynb #677ecb31
 VOCABULARY = 'model.embed_tokens.weight', 'lm_head.weight'
@@ -213,8 +220,8 @@ def check_pair(
     for name in llama | delta:
         theirs, ours = (s.get(name, ()) for s in shapes)
         if not same_but_rows(name, theirs, ours):
-            raise ValueError(f'LLaMA and the delta do not fit in {name}: {theirs or "none"} and {ours or "none"}: '
-                             'get all files of both, and both of one size')
+            raise ValueError(f'LLaMA and the delta do not fit in {name}: {theirs or "none"} and '
+                             f'{ours or "none"}: get all files of both, and both of one size')
 
 # %% ../nbs/05_pandagpt.ipynb #5274827c
 def merged_tensor(
@@ -237,11 +244,33 @@ def files_beside_weights(
     return list(names.values())
 
 # %% ../nbs/05_pandagpt.ipynb #de7dc472
+def write_merged(
+    bases:dict,   # name -> StoredTensor, of LLaMA
+    changes:dict, # name -> StoredTensor, of the delta
+    folder:Path,  # that exists
+    shard_size:int,
+    progress:bool
+):
+    "Write the sum, a file at a time, and where each tensor lies"
+    sizes = {name: torch.empty(t.shape, dtype=torch.float16, device='meta') for name, t in changes.items()}
+    plan = split_torch_state_dict_into_shards(sizes, max_shard_size=shard_size)
+    needed, free = plan.metadata['total_size'], shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(f'{folder.parent} has {free / 1e9:.1f} GB free, and the weights take '
+                      f'{needed / 1e9:.1f} GB: make room')
+    files = plan.filename_to_tensors
+    for file, names in tqdm(files.items(), desc='merging', unit='file', disable=not progress):
+        tensors = {name: merged_tensor(bases[name], changes[name]) for name in names}
+        (folder/file).write_bytes(safetensors.torch.save(tensors, dict(format='pt')))
+    index = dict(metadata=plan.metadata, weight_map=plan.tensor_to_filename)
+    if plan.is_sharded: (folder/'model.safetensors.index.json').write_text(json.dumps(index, indent=2))
+
 def merge_vicuna(
     llama,                 # folder of LLaMA, in Hugging Face layout
     delta,                 # folder of lmsys' difference, with its config and tokenizer
     out,                   # folder to write
-    shard_size:int=10**9   # bytes in a file of weights
+    shard_size:int=10**9,  # bytes in a file of weights
+    progress:bool=True     # show a bar
 ):
     "Write Vicuna in float16: LLaMA plus the difference that lmsys published, all or nothing"
     llama, delta, out = Path(llama), Path(delta), Path(out)
@@ -249,19 +278,12 @@ def merge_vicuna(
     bases, changes = stored_tensors(llama), stored_tensors(delta)
     check_pair(bases, changes)
     beside_weights = files_beside_weights(delta)
-    sizes = {name: torch.empty(t.shape, dtype=torch.float16, device='meta') for name, t in changes.items()}
-    plan = split_torch_state_dict_into_shards(sizes, max_shard_size=shard_size)
     out.parent.mkdir(parents=True, exist_ok=True)
-    needed, free = sum(t.nbytes for t in sizes.values()), shutil.disk_usage(out.parent).free
-    if free < needed: raise OSError(f'{out.parent} has {free / 1e9:.1f} GB free, and the weights take {needed / 1e9:.1f} GB: make room')
     with replacing(out) as beside:
         beside.mkdir()
         for file in beside_weights: shutil.copyfile(file, beside/file.name)
-        for file, names in tqdm(plan.filename_to_tensors.items(), desc=f'merging into {out}', unit='file'):
-            tensors = {name: merged_tensor(bases[name], changes[name]) for name in names}
-            (beside/file).write_bytes(safetensors.torch.save(tensors, dict(format='pt')))
-        index = dict(metadata=plan.metadata, weight_map=plan.tensor_to_filename)
-        if plan.is_sharded: (beside/'model.safetensors.index.json').write_text(json.dumps(index, indent=2))
+        write_merged(bases, changes, beside, shard_size, progress)
+
 
 # %% ../nbs/05_pandagpt.ipynb #19fc9678
 class PandaGPT(nn.Module):
@@ -302,8 +324,8 @@ def embed_prompt(
     "Embeddings of one prompt, with at most one feature slot"
     if history:
         *earlier, (question, answer) = history
-        return torch.cat([self.embed_prompt(question, feature, earlier), self.embed_text(f'{self.space}{answer}\n###'),
-                          self.embed_text(f'{self.space}Human: {text}\n### Assistant:')])
+        later = f'{self.space}{answer}\n###', f'{self.space}Human: {text}\n### Assistant:'
+        return torch.cat([self.embed_prompt(question, feature, earlier), *map(self.embed_text, later)])
     if feature is None: return self.embed_text(f'### Human: {text}\n### Assistant:', bos=True)
     feature_ND = feature.to(self.projection.weight).view(-1, self.projection.in_features)
     slot_1D = self.projection(feature_ND).sum(0, keepdim=True)
@@ -435,8 +457,8 @@ def tail(
     "Hidden states of the tokens after prompts that have been run already; equal to `full`"
     n, cache = tokens_B16D.shape[1], cache.to(self.llm.device, self.llm.dtype)
     mask = append_ones(cache.mask, n)
-    out = self.llm.model(None, mask, position_ids(mask)[:, -n:], cache.fork(), tokens_B16D.to(cache.keys), use_cache=True)
-    return out.last_hidden_state
+    positions, embeds = position_ids(mask)[:, -n:], tokens_B16D.to(cache.keys)
+    return self.llm.model(None, mask, positions, cache.fork(), embeds, use_cache=True).last_hidden_state
 
 # %% ../nbs/05_pandagpt.ipynb #2e436149
 @patch
@@ -551,8 +573,8 @@ def check_vicuna(
     "Raise a ValueError if an LLM as wide as Vicuna v0 has fewer embeddings"
     rows, width = llm.get_input_embeddings().weight.shape
     if width in VICUNA_WIDTHS and rows < VICUNA_ROWS:
-        raise ValueError(f'{path} was trained on Vicuna v0 with its {VICUNA_ROWS} embeddings, but this LLM has {rows}, as LLaMA '
-                         f'and Vicuna v1.1 and v1.5 have: take Vicuna v0, or make it with `{MERGE}`')
+        raise ValueError(f'{path} was trained on Vicuna v0 with its {VICUNA_ROWS} embeddings, but this LLM has '
+                         f'{rows}, as LLaMA and Vicuna v1.1 and v1.5 have: take Vicuna v0; `{MERGE}` makes it')
 
 # %% ../nbs/05_pandagpt.ipynb #04acd7e8
 @patch

@@ -7,6 +7,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -47,6 +49,21 @@ def test_wheel_metadata(wheel):
     entry_points.read_string(archive.read(f'{info}/entry_points.txt').decode())
     assert dict(entry_points['nbdev']) == {'egmi': 'egmi._modidx:d'}
     assert 'Requires-Python: >=3.11' in archive.read(f'{info}/METADATA').decode()
+
+
+ORACLES = {'statsmodels', 'mel-cepstral-distance', 'panns-inference', 'torchlibrosa', 'torchvggish'}
+
+
+def test_every_requirement_has_its_tested_version():
+    settings = configparser.ConfigParser(delimiters=['='], interpolation=None)
+    settings.read(ROOT/'settings.ini')
+    lines = ' '.join(settings['DEFAULT'][f'{extra}requirements'] for extra in ('', 'dev_', 'paper_'))
+    required = {canonicalize_name(r.name): r.specifier for r in map(Requirement, lines.split())}
+    pinned = dict(line.split('==') for line in (ROOT/'constraints.txt').read_text().splitlines() if '==' in line)
+    pinned = {canonicalize_name(name): version for name, version in pinned.items()}
+    for name, versions in required.items(): assert versions.contains(pinned[name]), name
+    assert '<' in str(required['transformers']) and '<' in str(required['diffusers'])
+    assert ORACLES <= required.keys() and 'laion-clap' in pinned
 
 
 def test_wheel_imports_elsewhere(wheel, tmp_path):
