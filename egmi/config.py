@@ -105,7 +105,8 @@ def read_kept(
     try: return read(path)
     except Exception as e:
         if isinstance(e, (OSError, MemoryError)) and not isinstance(e, FileNotFoundError): raise
-        warnings.warn(f'{path} is damaged ({e}): deleted, to be made again', stacklevel=3)
+        why = ' '.join(str(e).split()) or type(e).__name__
+        warnings.warn(f'{path} is damaged ({why}): deleted, to be made again', stacklevel=3)
         discard(path)
 
 def read_or_make(
