@@ -1,10 +1,12 @@
 """Measures and inputs are defined as in the official code, and memory does not grow with pairs.
 
 Each definition is written out here once more, from the official source. Weights are random."""
+import os
 import tracemalloc
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from egmi.imagebind import ImageBindConfig, clip_starts, preprocess_audio
 from egmi.listeners import EXAMPLE, RATE, Cnn14, VGGish, equal_lengths
 from egmi.metrics import DECIBELS, mel_cepstra, mel_cepstral_distortion, warped_mean
 from egmi.model import load_generators
-from egmi.rehearsal import TINY, random_preset, write_weights
+from egmi.rehearsal import TINY, places, random_preset, write_weights
 
 SCENES = [e.audio for e in toybox('test', 8)]
 SECONDS = np.arange(len(SCENES[0])) / RATE
@@ -63,7 +65,8 @@ def audioldm(tmp_path_factory):
     "Tiny, with random weights."
     folder = tmp_path_factory.mktemp('random')/'weights'
     write_weights(TINY, folder)
-    return load_generators(random_preset(TINY, folder))[1]
+    with mock.patch.dict(os.environ, places(folder)):
+        return load_generators(random_preset(TINY))[1]
 
 
 def edited(audioldm, waves, **options):
