@@ -81,7 +81,7 @@ def test_an_edit_is_as_loud_as_its_source(audioldm, options):
     plain, gains = np.stack(SCENES[:2]), np.float32([[.05], [1.3]])
     expected = gains * edited(audioldm, plain, **options)
     found = edited(audioldm, gains * plain + np.float32([[.1], [-.02]]), **options)
-    np.testing.assert_allclose(found, expected, atol=1e-3 * abs(expected).max(axis=1).min())
+    np.testing.assert_allclose(found, expected, atol=5e-3 * abs(expected).max(axis=1).min())
 
 
 def test_a_quiet_recording_has_the_latents_that_audioldm_makes(audioldm, monkeypatch):
@@ -113,7 +113,7 @@ def test_a_silent_source_is_edited(audioldm):
 
 def test_kl_of_a_folder_is_that_of_audioldm_eval():
     "Sure of the wrong class costs -ln 1e-6, not what the logits say."
-    sounds = [Sound(name, Path(name), name, RATE, RATE, 1, .5, .1, 0.) for name in 'ab']
+    sounds = [Sound(name, Path(name), name, RATE, RATE, 1, .5, .1, 0., False) for name in 'ab']
     logits = 99 * np.eye(12, dtype=np.float16)
     kl = clip_table(sounds, sounds, dict(logits=logits[:2]), dict(logits=logits[1:3])).kl
     np.testing.assert_allclose(kl, -np.log(1e-6), rtol=1e-6)
