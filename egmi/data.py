@@ -6,8 +6,8 @@
 __all__ = ['WRITTEN_OUT', 'KEY', 'toybox', 'ids_hash', 'tally', 'FileExample', 'is_blank', 'caption_problem', 'as_texts',
            'captioned', 'broken', 'problem_with', 'find_bad', 'paths_of', 'explain_missing', 'keep_good', 'read_text',
            'require_columns', 'checked_row', 'swallows_rows', 'parse_record', 'csv_rows', 'jsonl_rows', 'read_csv',
-           'by_stem', 'only_one', 'text_rows', 'read_rows', 'find_sound', 'load_folder', 'read_json', 'json_rows',
-           'load_coco', 'load_karpathy', 'sentence_examples', 'coco_parts', 'clip_names', 'pick_captions',
+           'by_stem', 'only_one', 'readable_one', 'text_rows', 'read_rows', 'find_sound', 'load_folder', 'read_json',
+           'json_rows', 'load_coco', 'load_karpathy', 'sentence_examples', 'coco_parts', 'clip_names', 'pick_captions',
            'start_second', 'load_audiocaps', 'load_vctk', 'word_edges', 'spoken_span', 'number_type', 'Cell',
            'media_cells', 'load_huggingface']
 
@@ -284,11 +284,12 @@ def read_csv(
 # %% ../nbs/07_data.ipynb #7cf4f2aa
 def by_stem(
     folder:Path,
-    suffixes:tuple # lower case
-)->dict:           # stem -> its files
+    suffixes:tuple, # lower case
+    pattern:str='*' # of `glob`
+)->dict:            # stem -> its files
     "The files of some kinds, found by name without suffix"
     groups = defaultdict(list)
-    for path in listed(folder):
+    for path in listed(folder, pattern):
         if path.suffix.lower() in suffixes: groups[path.stem].append(path)
     return dict(groups)
 
@@ -301,6 +302,13 @@ def only_one(
         names = ', '.join(p.name for p in paths)
         raise ValueError(f'{paths[0].parent} has {names}: keep one {what}')
     return paths[0]
+
+def readable_one(
+    paths:list,
+    what:str='sound' # they are
+)->Path:
+    "The one sound of a name that can be read, or else the one that can't"
+    return only_one([p for p in paths if p.suffix.lower() in SOUNDS] or paths, what)
 
 def text_rows(
     folder:Path
@@ -341,8 +349,7 @@ def find_sound(
     "The sound that a row names, or that lies beside its picture"
     if not is_blank(row.get('audio')): return folder/str(row['audio'])
     beside = sounds_in(image.parent).get(image.stem, []) if image.parent.is_dir() else []
-    readable = [p for p in beside if p.suffix.lower() in SOUNDS]
-    return only_one(readable or beside, 'sound, or name it in a column audio') if beside else None
+    return readable_one(beside, 'sound, or name it in a column audio') if beside else None
 
 def load_folder(
     folder:str|Path, # pictures and captions, perhaps sounds
@@ -510,17 +517,18 @@ def load_audiocaps(
     captions, sounds, examples = Path(captions), Path(sounds), []
     rows = csv_rows(captions, ['audiocap_id', 'youtube_id', 'start_time', 'caption'])
     if ids: rows = pick_captions(rows, Path(ids))
-    files = listed(sounds)
-    stored = {p.stem: p for kinds in (UNREAD, SOUNDS) for p in files if p.suffix.lower() in kinds}
+    stored = by_stem(sounds, SOUNDS + UNREAD)
     for row in rows:
         if isinstance(row, str):
             examples.append(broken(row))
             continue
         clip, caption = row['youtube_id'], row['audiocap_id']
-        problem, names = None, [clip]
+        problem, names, file = None, [clip], sounds/f'{clip}.wav'
         try: names = clip_names(clip, start_second(row['start_time']))
         except ValueError as e: problem = f'{captions}: start_time of {caption}: {e}'
-        file = next((stored[n] for n in names if n in stored), sounds/f'{clip}.wav')
+        name = next((n for n in names if n in stored), None)
+        try: file = readable_one(stored[name]) if name else file
+        except ValueError as e: problem = str(e)
         examples += captioned(f'audiocaps/{clip}/{caption}', row['caption'], problem, audio_file=file)
     return keep_good(examples, captions, **check)
 
@@ -534,8 +542,8 @@ def load_vctk(
     if mic not in ('mic1', 'mic2'): raise ValueError(f'there is no microphone {mic!r}: choose mic1 or mic2')
     folder = Path(folder)
     texts = {p.stem: p for p in listed(folder, 'txt/*/*.txt')}
-    recordings = listed(folder, f'wav48_silence_trimmed/*/*_{mic}.flac')
-    sounds = {p.stem.removesuffix(f'_{mic}'): p for p in recordings}
+    recordings = by_stem(folder, SOUNDS + UNREAD, f'wav48_silence_trimmed/*/*_{mic}.*')
+    sounds = {stem.removesuffix(f'_{mic}'): readable_one(files) for stem, files in recordings.items()}
     gaps, skipped, examples, kept = dict(p315=texts, p362=sounds), Counter(), [], []
     if mic == 'mic2': gaps['p280'] = sounds
     for utterance in sorted(texts | sounds):
