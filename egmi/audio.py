@@ -105,7 +105,7 @@ def checked_rate(
     number = isinstance(rate, (int, float, np.number)) and not isinstance(rate, bool)
     if not number or not LOWEST_RATE <= rate <= HIGHEST_RATE or rate % 1 != 0:
         allowed = f'{LOWEST_RATE:,} to {HIGHEST_RATE:,} Hz'
-        raise ValueError(f'the sample rate must be a whole number from {allowed}, not {rate!r}')
+        raise ValueError(f'sample_rate must be a whole number from {allowed}, not {rate!r}')
     return int(rate)
 
 def resample(

@@ -62,12 +62,23 @@ NO_COUNTS, NO_NUMBERS = (0, -1, 1.5, True, '4'), ('3', True, float('nan'))
     *[('generate', name, bad) for name in ('guidance_image', 'guidance_audio') for bad in NO_NUMBERS],
     *[('edit', 'guidance_scale', bad) for bad in NO_NUMBERS],
     *[('edit', 'strength', bad) for bad in ('.5', True, float('nan'), -.1)],
-    *[(call, 'sample_rate', bad) for call in ('generate', 'edit') for bad in (0, -16000, '16000', True)],
+    *[(call, 'sample_rate', bad) for call in ('generate', 'edit') for bad in (0, -16000, 16, .5, '16000', True)],
 ], ids=lambda value: repr(value))
 def test_numbers_are_refused_by_name_before_any_work(call, name, bad, egmi, scene, monkeypatch):
     for work in ('prefix', 'image_features', 'audio_features'): monkeypatch.setattr(egmi.panda, work, None)
     given = dict(text='a bell', audio=scene.audio, sample_rate=16000) | {name: bad}
     with pytest.raises(ValueError, match=rf'^{name} must .* not {bad!r}$'): getattr(egmi, call)(**given)
+
+
+@pytest.mark.parametrize('wave, message', [
+    (lambda wave: wave * np.nan, 'sound 0 holds NaN'), (lambda wave: wave * 2**15, 'sound 0 has a peak of'),
+    (lambda wave: wave[:0], 'sound 0 has zero length')], ids=['nan', 'cast', 'empty'])
+def test_the_lower_edit_reads_waveforms_as_the_upper_does(wave, message, egmi, scene):
+    clap_BC = egmi.audioldm.unconditional
+    with pytest.raises(ValueError, match=message): egmi.audioldm.edit(clap_BC, [wave(scene.audio)])
+    in_16_bits = (scene.audio * 2**15).astype(np.int16)
+    one, two = (egmi.audioldm.edit(clap_BC, [x], 0., progress=False) for x in (in_16_bits, scene.audio))
+    np.testing.assert_allclose(np.abs(one).max(), np.abs(two).max(), rtol=.05)
 
 
 def test_lower_floors_refuse_them_too(egmi):
@@ -138,6 +149,11 @@ def test_pictures_and_sounds_in_any_form(egmi):
         assert torch.equal(features(audio=given), features(audio=sounds))
     assert len(features(pixels[0])) == len(features(pictures[0])) == len(features(audio=sounds[0])) == 1
     with pytest.raises(TypeError, match="^images 1 .*'bell.png'"): features([pictures[0], 'bell.png'])
+    for one in (sounds[0][None], torch.tensor(sounds[0])[None], sounds[0].tolist()):
+        assert torch.equal(features(audio=one), features(audio=sounds[:1]))
+    assert len(features(audio=np.stack(sounds[:1] * 9)[:, :4000])) == 9
+    with pytest.raises(ValueError, match='may be 2 sounds or one with 2'):
+        features(audio=np.stack(sounds[:1] * 2))
     with pytest.raises(TypeError, match="^audio .*'bell.wav'"): features(audio='bell.wav')
 
 

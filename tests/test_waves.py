@@ -165,9 +165,11 @@ def test_captions_that_are_none(captions, error, message, tmp_path):
     with pytest.raises(error, match=message): read_pairs(real, real, captions, progress=False)
 
 
-@pytest.mark.parametrize('ids, sounds', [({'a', 'b'}, [TONE] * 2), (['a'], None), (None, [TONE])], ids=['set', 'no sounds', 'no ids'])
+@pytest.mark.parametrize('ids, sounds', [({'a', 'b'}, [TONE] * 2), (['a'], None), (None, [TONE])],
+                         ids=['set', 'no sounds', 'no ids'])
 def test_what_has_no_order_is_no_list(ids, sounds, tmp_path):
-    with pytest.raises(TypeError, match='must be a list, not '): write_sounds(tmp_path/'made', ids, sounds, RATE)
+    with pytest.raises(TypeError, match='must be a list, not '):
+        write_sounds(tmp_path/'made', ids, sounds, RATE)
     assert not os.listdir(tmp_path)
 
 
@@ -176,7 +178,8 @@ def test_what_has_no_order_is_no_list(ids, sounds, tmp_path):
 KINDS = [
     ('WAV', 'PCM_16'), ('WAV', 'PCM_24'), ('WAV', 'PCM_32'), ('WAV', 'PCM_U8'), ('WAV', 'FLOAT'),
     ('WAV', 'MS_ADPCM'), ('WAVEX', 'PCM_16'), ('RF64', 'PCM_16'), ('AIFF', 'PCM_16'), ('AIFF', 'FLOAT'),
-    ('AU', 'PCM_16'), ('NIST', 'PCM_16'), ('NIST', 'PCM_24'), ('CAF', 'PCM_24'), ('CAF', 'ALAC_16'), ('W64', 'PCM_24'), ('FLAC', 'PCM_16'), ('FLAC', 'PCM_24'),
+    ('AU', 'PCM_16'), ('NIST', 'PCM_16'), ('NIST', 'PCM_24'), ('CAF', 'PCM_24'),
+    ('CAF', 'ALAC_16'), ('W64', 'PCM_24'), ('FLAC', 'PCM_16'), ('FLAC', 'PCM_24'),
     ('OGG', 'VORBIS'), ('OGG', 'OPUS'), ('MP3', 'MPEG_LAYER_III')]
 
 
@@ -353,7 +356,8 @@ def test_links_are_followed_and_lost_ones_are_missing(tmp_path):
     assert list(find_sounds(tmp_path/'here')) == ['c', 'part/a', 'part/b']
     (tmp_path/'elsewhere/a.wav').unlink()
     assert list(find_sounds(tmp_path/'here')) == ['c', 'part/b']
-    with pytest.raises(ValueError, match=r'c\.wav is missing'): read_pairs(tmp_path/'here', tmp_path/'here', progress=False)
+    with pytest.raises(ValueError, match=r'c\.wav is missing'):
+        read_pairs(tmp_path/'here', tmp_path/'here', progress=False)
 
 
 def test_rates_that_no_sound_has(tmp_path):
@@ -364,7 +368,8 @@ def test_rates_that_no_sound_has(tmp_path):
 
 def test_names_that_are_not_utf8(tmp_path):
     (tmp_path/os.fsdecode(b'caf\xe9.wav')).write_bytes(encoded(TONE, format='WAV'))
-    with pytest.raises(ValueError, match=r'caf\\udce9\.wav. is not in UTF-8: rename it'): find_sounds(tmp_path)
+    with pytest.raises(ValueError, match=r'caf\\udce9\.wav. is not in UTF-8: rename it'):
+        find_sounds(tmp_path)
 
 
 # Ids
