@@ -145,15 +145,11 @@ def require_positive(**numbers):
         if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
             raise ValueError(f'{name} must be a whole number of 1 or more, not {value!r}')
 
-def require_number(
-    above:float=-math.inf, # what each of them must exceed
-    **numbers
-):
+def require_number(**numbers):
     "ValueError unless each of the numbers is finite"
-    limit = '' if above == -math.inf else f' above {above:g}'
     for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, Real) or not above < value < math.inf:
-            raise ValueError(f'{name} must be a finite number{limit}, not {value!r}')
+        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+            raise ValueError(f'{name} must be a finite number, not {value!r}')
 
 # %% ../nbs/00_config.ipynb #0770dacd
 @dataclass(frozen=True)
