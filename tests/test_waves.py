@@ -215,6 +215,14 @@ def with_data_size(wav, size):
     return wav[:at] + struct.pack('<I', size) + wav[at + 4:]
 
 
+def mp3_in_wav(mp3, frames):
+    "As ffmpeg writes it: frames that a decoder does not give back are counted."
+    form = struct.pack('<HHIIHH', 0x55, 1, RATE, 8_000, 1, 0) + struct.pack('<HHIHHH', 12, 1, 2, 576, 1, 1393)
+    chunks = {b'fmt ': form, b'fact': struct.pack('<I', frames + 1_152), b'data': mp3}
+    body = b''.join(name + struct.pack('<I', len(c)) + c for name, c in chunks.items())
+    return b'RIFF' + struct.pack('<I', 4 + len(body)) + b'WAVE' + body
+
+
 def odd_files():
     "Whole files that a careless check would refuse, and cut ones that it would let pass: bytes, whole?"
     wav, mp3 = encoded(noise(30_001), format='WAV', subtype='PCM_16'), encoded(noise(30_001), format='MP3')
@@ -235,6 +243,8 @@ def odd_files():
             'id3 before, cut': ((before + mp3)[:-90], False),
             'id3 after': (mp3 + after, True),
             'mp3 without a length': (constant, True),
+            'mp3 in wav': (mp3_in_wav(constant, 30_001), True),
+            'mp3 in wav, cut': (mp3_in_wav(constant, 30_001)[:-90], False),
             'average rate': (encoded(noise(30_001), format='MP3', bitrate_mode='AVERAGE'), True),
             'ogg and a tag': (encoded(noise(30_001), format='OGG') + after, True)}
 
