@@ -22,6 +22,7 @@ from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
 from transformers import BartTokenizer, BertTokenizer, RobertaConfig, RobertaModel, RobertaTokenizer
 
 from .audio import as_wave, resample
+from .config import list_texts
 from .fitting import in_batches
 from .imagebind import load_strictly, load_whole
 from .images import as_rgb
@@ -45,7 +46,7 @@ def text_vectors(
 )->np.ndarray:       # [N, D]
     "Texts as unit vectors"
     tokens = lambda x: tokenizer(x, padding=True, truncation=True, return_tensors='pt').to(model.device)
-    return unit_vectors(lambda x: model.get_text_features(**tokens(x)).pooler_output, texts)
+    return unit_vectors(lambda x: model.get_text_features(**tokens(x)).pooler_output, list_texts(texts))
 
 # %% ../nbs/12b_encoders.ipynb #4d252948
 class TransformersClip:
@@ -97,7 +98,7 @@ class OpenClip:
         texts:list[str]
     )->np.ndarray:      # [N, D]
         "Texts as unit vectors"
-        return unit_vectors(lambda x: self.model.encode_text(self.tokenizer(x).to(self.device)), texts)
+        return unit_vectors(lambda x: self.model.encode_text(self.tokenizer(x).to(self.device)), list_texts(texts))
 
 # %% ../nbs/12b_encoders.ipynb #92b73a05
 def rounded_to_int16(
@@ -258,4 +259,4 @@ class LaionClap:
     )->np.ndarray:      # [N, D]
         "Texts as unit vectors"
         tokens = lambda x: self.tokenizer(x, padding='max_length', truncation=True, return_tensors='pt')
-        return unit_vectors(lambda x: self.module.model.get_text_embedding(tokens(x)), texts)
+        return unit_vectors(lambda x: self.module.model.get_text_embedding(tokens(x)), list_texts(texts))

@@ -378,6 +378,8 @@ def main(
     A run that was killed goes on where it was."""
     seconds, config = {}, dict(reference=reference, generated=generated, captions=captions, preset=preset, resampler=resampler, mcd=mcd, device=device)
     try:
+        for name, value in dict(captions=captions, out=out).items():
+            if value == '': raise ValueError(f'--{name} is empty: give a path or leave it out')
         folder = check_writable(out, '--out DIR') if out else None
         with timed(seconds, 'score'): row, clips = score_sounds(preset, reference, generated, captions and read_captions(captions), device, resampler, mcd)
     except (ValueError, OSError) as e: raise SystemExit(f'egmi-evaluate: {e}')

@@ -30,7 +30,7 @@ from .imagebind import load_whole
 # %% ../nbs/06_generators.ipynb #43b1abac
 from fastcore.basics import ifnone
 
-from .config import require_number, require_positive
+from .config import list_texts, require_number, require_positive
 
 # %% ../nbs/06_generators.ipynb #b1227a54
 def remaining_timesteps(
@@ -157,6 +157,7 @@ def encode_text(
 )->torch.Tensor:      # [N, ...], what `generate` takes
     "The text encoder's embeddings: the mapper's targets"
     require_positive(batch_size=batch_size)
+    captions = list_texts(captions, 'captions')
     tokens = self.tokenizer(captions, padding=self.padding, max_length=self.tokenizer.model_max_length, truncation=True, return_tensors='pt')
     ids, mask = (t.to(self.device).split(batch_size) for t in (tokens.input_ids, tokens.attention_mask))
     return torch.cat([self._embed(i, m) for i, m in zip(ids, mask)])

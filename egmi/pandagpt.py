@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from .config import cache_dir, component_path, read_or_make, replacing, require_positive
+from .config import cache_dir, component_path, list_texts, read_or_make, replacing, require_positive
 from .imagebind import ImageBind, load_whole, preprocess_audio, preprocess_images, read_tensors
 
 
@@ -340,6 +340,7 @@ def embed_prompts(
     histories=None   # for each sample what `embed_prompt` takes; None if nobody has spoken before
 )->tuple:            # embeds_BTD, mask_BT (1 where there is a token)
     "Embeddings of a batch of prompts, padded on the left; samples with and without media may be mixed"
+    texts = list_texts(texts)
     if features is None: features = [None] * len(texts)
     if histories is None: histories = [()] * len(texts)
     if len(features) != len(texts):
@@ -488,6 +489,7 @@ def embed_captions(
     captions:list[str] # answers to learn
 )->tuple:              # embeds_BSD, labels_BS (-100 on padding)
     "Answers with the `###` that ends them, padded on the right"
+    captions = list_texts(captions, 'captions')
     ids = [self.tokenizer(f'{self.space}{c}\n###', add_special_tokens=False).input_ids for c in captions]
     labels_BS = pad_sequence([torch.tensor(i, device=self.llm.device) for i in ids], batch_first=True, padding_value=-100)
     return self.llm.get_input_embeddings()(labels_BS.clamp(0)), labels_BS
@@ -501,8 +503,8 @@ def caption_loss(
     question:str        # what the human says
 )->Tensor:              # mean cross-entropy per caption token, in nats
     "How improbable the captions are as answers; unfreeze `projection` to learn from it"
-    prompt_BTD, mask_BT = self.embed_prompts([question] * len(captions), features)
     caption_BSD, labels_BS = self.embed_captions(captions)
+    prompt_BTD, mask_BT = self.embed_prompts([question] * len(caption_BSD), features)
     mask = torch.cat([mask_BT, (labels_BS != -100).long()], 1)
     out = self.llm.model(inputs_embeds=torch.cat([prompt_BTD, caption_BSD], 1), attention_mask=mask,
                          position_ids=position_ids(mask), use_cache=False)
