@@ -213,7 +213,8 @@ def weights_path(
 )->Path:
     "The file or folder that holds the weights"
     path = Path(component_path(source))
-    if not path.exists(): raise FileNotFoundError(f'there are no weights {source}: `egmi-weights paper` says how to get them')
+    if not path.exists():
+        raise FileNotFoundError(f'there are no weights {source}: `egmi-weights paper` says how to get them')
     return path
 
 @lru_cache

@@ -100,12 +100,13 @@ TINY_CLAP = ClapTextConfig(vocab_size=1000, hidden_size=32, intermediate_size=64
 TINY_HTSAT = ClapAudioConfig(patch_embeds_hidden_size=16, hidden_size=128, depths=[1, 1, 1, 1], num_attention_heads=[1, 2, 4, 8], projection_dim=32)
 TINY_UNET = dict(block_out_channels=(16, 32), norm_num_groups=8, layers_per_block=1, attention_head_dim=2,
                  down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D'), up_block_types=('CrossAttnUpBlock2D', 'UpBlock2D'))
-TINY_IMAGEBIND = ImageBindConfig(embed_dim=48, vision=TowerConfig(32, 2, 16), audio=TowerConfig(48, 2, 12), text=TowerConfig(32, 2, 16),
-                                 vocab=1000, eos_id=999)
+TINY_IMAGEBIND = ImageBindConfig(embed_dim=48, vocab=1000, eos_id=999, vision=TowerConfig(32, 2, 16),
+                                 audio=TowerConfig(48, 2, 12), text=TowerConfig(32, 2, 16))
 
 # %% ../nbs/14_rehearsal.ipynb #1910da77
 TINY = Scale('tiny', models=LISTENERS | dict(
-    llm=partial(LlamaForCausalLM, LlamaConfig(vocab_size=401, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)),
+    llm=partial(LlamaForCausalLM, LlamaConfig(vocab_size=401, hidden_size=64, intermediate_size=128,
+                                              num_hidden_layers=2, num_attention_heads=2)),
     imagebind=partial(ImageBind, TINY_IMAGEBIND),
     image_text=partial(CLIPTextModel, TINY_TEXT),
     image_unet=partial(UNet2DConditionModel, sample_size=32, cross_attention_dim=32, **TINY_UNET),
@@ -121,8 +122,9 @@ TINY = Scale('tiny', models=LISTENERS | dict(
 # %% ../nbs/14_rehearsal.ipynb #bb024027
 def wake(model:nn.Module):
     "Weights under which what goes in has as much variance at the end"
+    layers = (nn.Conv1d, nn.ConvTranspose1d, nn.Conv2d, nn.Linear)
     for module in model.modules():
-        if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d, nn.Conv2d, nn.Linear)): nn.init.kaiming_normal_(module.weight)
+        if isinstance(module, layers): nn.init.kaiming_normal_(module.weight)
 
 def draw(
     scale:Scale,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCORER_FILES', 'PAPER', 'MERGE', 'SOURCES', 'FROZEN', 'LAYOUTS', 'Source', 'weight_files', 'diffusers_files',
-           'names_of', 'sources_of', 'place', 'first_match', 'read_shards', 'lacking', 'fault', 'wanted_files',
+           'names_of', 'sources_of', 'place', 'first_match', 'missing_shards', 'lacking', 'fault', 'wanted_files',
            'check_space', 'fetch_repository', 'fetch_file', 'download', 'run_checks', 'check_weights',
            'require_weights', 'check_data', 'bytes_written', 'bytes_held', 'check_memory', 'check_run', 'overview',
            'list_weights', 'main']
@@ -35,12 +35,12 @@ from .training import BASELINES, MAPPERS
 class Source:
     "Published weights of one part"
     part: str          # what they are for
-    id: str            # as the preset names them: hub ids `owner/name`, other names for the weights folder, separated by |
+    id: str            # as the preset names them; without a slash, a file or folder in the weights folder
     gigabytes: float   # on disk
     licence: str
     parameters: int    # that are loaded
     precision: str = ''# field of `Preset` with the dtype of this part; float32 where there is none
-    files: tuple = ()  # what must be there: names or patterns, alternatives separated by | as the loader looks for them
+    files: tuple = ()  # names or patterns of what must be there, alternatives separated by |
     url: str = ''      # of a file that is not on the hub
     bytes: int = 0     # of that file
     sha256: str = ''   # of that file
@@ -76,7 +76,8 @@ SOURCES = (
     Source('language model', PAPER.llm, 13.5, 'LLaMA, research only', 6_738_423_808, 'llm_dtype',
            files=('config.json', 'tokenizer.model|tokenizer.json', weight_files()),
            how=f'; or make it of LLaMA-7B and lmsys/vicuna-7b-delta-v0: `{MERGE} {{}}/vicuna-7b-v0`'),
-    Source('projection and LoRA', PAPER.pandagpt, .08, 'CC BY-NC 4.0', 4_198_400, 'llm_dtype', ('pytorch_model.pt',)),
+    Source('projection and LoRA', PAPER.pandagpt, .08, 'CC BY-NC 4.0', 4_198_400, 'llm_dtype',
+           files=('pytorch_model.pt',)),
     Source('ImageBind', PAPER.imagebind, 4.8, 'CC BY-NC 4.0', 1_073_097_729,
            url='https://dl.fbaipublicfiles.com/imagebind/imagebind_huge.pth', bytes=4_803_584_173,
            sha256='d6f6c22bedcc90708448d5d2fbb7b2db9c73f505dc89bd0b2e09b23af1b62157'),
@@ -90,8 +91,8 @@ SOURCES = (
            url='https://zenodo.org/records/3987831/files/Cnn14_16k_mAP%3D0.438.pth', bytes=358_668_570,
            sha256='e2ee543a27919542c2ea03eabaa70b24dcd4e6c8e05621de6b67a94e4c5058e6'),
     Source('VGGish', PAPER.listeners['vggish'], .29, 'Apache-2.0', 72_141_184,
-           url='https://github.com/harritaylor/torchvggish/releases/download/v0.1/vggish-10086976.pth', bytes=288_567_937,
-           sha256='10086976245803799d9194e9a73d9b6c1549c71d1b80106f5cade5608a561f4b'))
+           url='https://github.com/harritaylor/torchvggish/releases/download/v0.1/vggish-10086976.pth',
+           bytes=288_567_937, sha256='10086976245803799d9194e9a73d9b6c1549c71d1b80106f5cade5608a561f4b'))
 
 # %% ../nbs/10b_sources.ipynb #f14c7e60
 FROZEN = ('llm', 'pandagpt', 'imagebind', 'stable_diffusion', 'audioldm') # what every experiment loads
@@ -127,12 +128,13 @@ def first_match(
     matches = [[name for name in names if fnmatch(name, p)] for p in pattern.split('|')]
     return next(filter(None, matches), [])
 
-def read_shards(
+def missing_shards(
     index:Path # a JSON that says which file each tensor is in
-)->set[str]:   # names beside it
-    "The files of a sharded model"
-    try: return set(json.loads(index.read_text())['weight_map'].values())
-    except (ValueError, KeyError) as e: raise ValueError(f'{index} is damaged: delete it and get it again') from e
+)->list[str]:
+    "What a sharded model lacks"
+    try: shards = set(json.loads(index.read_text())['weight_map'].values())
+    except (ValueError, KeyError): return [f'a whole {index.name}']
+    return sorted(shard for shard in shards if not (index.parent/shard).exists())
 
 def lacking(folder:Path, files:tuple)->list[str]:
     "Patterns that match no file, and shards that an index names in vain"
@@ -140,8 +142,8 @@ def lacking(folder:Path, files:tuple)->list[str]:
     for pattern in files:
         found = first_match(there, pattern)
         if not found: lacks.append(pattern.split('|')[0])
-        for index in (folder/name for name in found if name.endswith('.index.json')):
-            lacks += sorted(shard for shard in read_shards(index) if not (index.parent/shard).exists())
+        for name in found:
+            if name.endswith('.index.json'): lacks += missing_shards(folder/name)
     return lacks
 
 # %% ../nbs/10b_sources.ipynb #f4f2f78b
@@ -184,7 +186,8 @@ def check_space(
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     free = shutil.disk_usage(there).free
     if free < needed:
-        raise OSError(f'{folder} has {free / 1e9:.1f} GB free, and {what} take {needed / 1e9:.1f} GB: make room or choose another folder')
+        raise OSError(f'disk: {folder} has {free / 1e9:.1f} GB free, and {what} take {needed / 1e9:.1f} GB: '
+                      'make room or choose another folder')
 
 def fetch_repository(source:Source):
     "Download what is loaded of a repository on the hub"
@@ -219,7 +222,8 @@ def download(
     for source in sources:
         if not fault(source): continue
         print(f'{source.part}: {source.hub or source.url}', file=sys.stderr)
-        try: (fetch_repository if source.hub else fetch_file)(source)
+        fetch = fetch_repository if source.hub else fetch_file
+        try: fetch(source)
         except Exception as e: print(f'{source.part}: {e!r}'.splitlines()[0], file=sys.stderr)
 
 # %% ../nbs/10b_sources.ipynb #0f6a3c71
@@ -231,7 +235,9 @@ def run_checks(
     for check in checks:
         try: check()
         except (OSError, ValueError) as e: errors.append(e)
-    if errors: raise type(errors[0])('\n'.join(map(str, errors)))
+    if len(errors) == 1: raise errors[0]
+    kind = ValueError if all(isinstance(e, ValueError) for e in errors) else FileNotFoundError
+    if errors: raise kind('\n'.join(map(str, errors)))
 
 # %% ../nbs/10b_sources.ipynb #5a4de1c8
 def check_weights(source:Source):
@@ -253,7 +259,8 @@ def require_weights(
 LAYOUTS = dict( # corpus -> what must be in its folder, and how that is said
     COCO=(('annotations/captions_train2017.json|annotations/captions_train2014.json|dataset_coco.json',),
           "COCO's pictures and its annotations or dataset_coco.json"),
-    AudioCaps=(('test.csv', 'audio'), 'test.csv with columns audiocap_id, youtube_id, start_time, caption, and the clips in audio'),
+    AudioCaps=(('test.csv', 'audio'),
+               'test.csv with columns audiocap_id, youtube_id, start_time, caption, and the clips in audio'),
     VCTK=(('txt', 'wav48_silence_trimmed'), 'txt and wav48_silence_trimmed of VCTK 0.92'))
 
 def check_data(
@@ -265,8 +272,12 @@ def check_data(
     "An error that says which folder of data is to be given, or what it lacks"
     files, said = LAYOUTS[corpus]
     if not folder and preset.toybox: return
-    if not folder: raise ValueError(f'data: preset {preset.name!r} needs {corpus}: give -p {parameter} DIR, a folder with {said}')
-    lacks = [names.split('|')[0] for names in files if not any((Path(folder)/n).exists() for n in names.split('|'))]
+    if not folder:
+        raise ValueError(f'data: preset {preset.name!r} needs {corpus}: '
+                         f'give -p {parameter} DIR, a folder with {said}')
+    lacks = []
+    for alternatives in (names.split('|') for names in files):
+        if not any((Path(folder)/name).exists() for name in alternatives): lacks.append(alternatives[0])
     if lacks: raise FileNotFoundError(f'{parameter} folder {folder} lacks {", ".join(lacks)}: it needs {said}')
 
 # %% ../nbs/10b_sources.ipynb #ab30d5f9
@@ -279,9 +290,10 @@ def bytes_written(
 )->int:
     "Disk space that an experiment takes, at most"
     config = MapperConfig(**preset.mapper)
-    with torch.device('meta'): largest = max(n_parameters(kind(config)) for kind in (MAPPERS | BASELINES).values())
-    sound = 4 * round(16_000 * preset.seconds)
-    return 12 * mappers * largest + captions * preset.target_bytes + pictures * preset.picture_bytes + sounds * sound
+    with torch.device('meta'): sizes = [n_parameters(kind(config)) for kind in (MAPPERS | BASELINES).values()]
+    sound_bytes = 4 * round(16_000 * preset.seconds)
+    samples = pictures * preset.picture_bytes + sounds * sound_bytes
+    return 12 * mappers * max(sizes) + captions * preset.target_bytes + samples
 
 # %% ../nbs/10b_sources.ipynb #8d4f2b60
 def bytes_held(
@@ -314,13 +326,13 @@ def check_run(
     parts,                # fields of `Preset` whose weights are loaded
     data:dict,            # parameter -> (folder or empty, name in `LAYOUTS`)
     written:int,          # bytes, from `bytes_written`
-    mapper:str|None=None, # trained EGMI, as `trained` takes it, empty for the preset's own; None if none is needed
+    mapper:str|None=None, # trained EGMI, empty for the preset's own; None if none is needed
     more=()               # further checks for `run_checks`
 ):
     "An error that lists everything that a run needs and this machine lacks"
     sources = sources_of(preset, parts)
     checks = [partial(check_weights, s) for s in sources]
-    checks += [partial(component_path, name) for name in names_of(preset, parts)] # hashes of what came with the package
+    checks += [partial(component_path, name) for name in names_of(preset, parts)] # hashes of our own weights
     checks += [partial(check_data, preset, name, folder, corpus) for name, (folder, corpus) in data.items()]
     if mapper is not None: checks.append(partial(trained, mapper or preset.name, wanted=preset.name))
     checks += [partial(check_space, cache_dir(), written, 'intermediate results'),
@@ -362,7 +374,7 @@ def list_weights(
 # %% ../nbs/10b_sources.ipynb #29d38c42
 @call_parse
 def main(
-    command:str,         # mini or paper: list the weights of this preset; merge-vicuna: make Vicuna v0 of LLaMA and its delta
+    command:str,         # mini or paper: list the weights of a preset; merge-vicuna: make Vicuna v0 of its delta
     download:bool=False, # fetch what is missing
     llama:str=None,      # merge-vicuna: folder with LLaMA-7B, in the layout of transformers
     delta:str=None,      # merge-vicuna: folder with lmsys/vicuna-7b-delta-v0

@@ -178,6 +178,8 @@ def test_download_goes_on_after_a_source_that_fails(hub, tmp_path):
     by_hand = tmp_path/'cache/weights'/PAPER.clap
     by_hand.mkdir(parents=True)
     for name in CLAP: (by_hand/name).write_text('copied by hand')
+    begun = tmp_path/'cache/weights'/PAPER.pandagpt
+    begun.mkdir(parents=True)
     variables = dict(HF_ENDPOINT=hub, HF_HUB_OFFLINE='0', HF_HOME=str(tmp_path/'hf'), HF_HUB_DISABLE_XET='1')
     command = [sys.executable, '-c', DOWNLOAD, hub]
     process = subprocess.run(command, cwd=tmp_path, env=environment(tmp_path/'cache', **variables), capture_output=True, text=True, timeout=300)
@@ -185,6 +187,7 @@ def test_download_goes_on_after_a_source_that_fails(hub, tmp_path):
     missing = process.stdout.split('Missing')[1].splitlines()[1:]
     assert len(missing) == 1 and missing[0].startswith('AudioLDM: cvssp/audioldm-l-full is missing')
     assert re.search(r'^AudioLDM: .*500', process.stderr, re.MULTILINE)
+    assert (begun/'pytorch_model.pt').exists()  # completed where it lies
     for repository, listed in REPOSITORIES.items():
         source = next(s for s in SOURCES if s.hub == repository)
         came = {name.removeprefix(f'{repository}/') for name in Hub.served if name.startswith(f'{repository}/')}
