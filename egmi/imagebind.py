@@ -431,6 +431,8 @@ def from_official(cls:ImageBind,
     config:ImageBindConfig=None # sizes; None reads them off the tensors
 )->ImageBind:
     "Load an official checkpoint"
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'there is no file {path}: `egmi-weights paper` says how to get it, and where it must lie')
     state, _ = read_official(path)
     return cls.from_state(config or official_config(state), state, path)
 
