@@ -4,7 +4,7 @@ STAMP  := .venv/.installed
 ARGS   ?=
 MODELS ?= judge clip clap imagebind stable_diffusion audioldm projection
 
-.PHONY: help install ablation text-to-audio audio-editing mini-models report mini-report test check lab readme
+.PHONY: help install tour ablation text-to-audio audio-editing mini-models report mini-report test check lab readme
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -39,6 +39,11 @@ text-to-audio: install  ## measure EGMI, AudioLDM and two older mappers and writ
 audio-editing: OUT ?= runs/mini/audio_editing
 audio-editing: install  ## edit sounds by instructions and write Table 2 (ARGS="-p mapper DIR" takes your own EGMI)
 	$(call experiment,audio_editing,table2)
+
+tour: OUT ?= runs/mini/tour
+tour: install  ## one minute through every part; pictures and sounds go to runs/mini/tour
+	@mkdir -p $(OUT)
+	$(BIN)/papermill nbs/00_tour.ipynb $(OUT)/00_tour.ipynb -p out_dir $(OUT) $(ARGS) --no-progress-bar
 
 report: OUT ?= runs/mini
 report: install  ## gather the tables of runs/mini (or OUT) into one page, tables.html
