@@ -22,8 +22,9 @@ from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
 from transformers import BartTokenizer, BertTokenizer, RobertaConfig, RobertaModel, RobertaTokenizer
 
 from .audio import as_wave, resample
+from .config import list_texts
 from .fitting import in_batches
-from .imagebind import load_strictly, load_whole
+from .imagebind import load_part, load_strictly, load_whole, read_tensors
 from .images import as_rgb
 
 
@@ -45,7 +46,7 @@ def text_vectors(
 )->np.ndarray:       # [N, D]
     "Texts as unit vectors"
     tokens = lambda x: tokenizer(x, padding=True, truncation=True, return_tensors='pt').to(model.device)
-    return unit_vectors(lambda x: model.get_text_features(**tokens(x)).pooler_output, texts)
+    return unit_vectors(lambda x: model.get_text_features(**tokens(x)).pooler_output, list_texts(texts))
 
 # %% ../nbs/12b_encoders.ipynb #4d252948
 class TransformersClip:
@@ -55,7 +56,7 @@ class TransformersClip:
         device='cpu'
     ):
         self.model = load_whole(CLIPModel, folder, dtype=torch.float32).to(device).eval()
-        self.tokenizer, self.pixels = AutoTokenizer.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)
+        self.tokenizer, self.pixels = load_part(AutoTokenizer, folder), load_part(AutoImageProcessor, folder)
 
     def embed_images(self,
         images        # N that `as_rgb` takes
@@ -97,7 +98,7 @@ class OpenClip:
         texts:list[str]
     )->np.ndarray:      # [N, D]
         "Texts as unit vectors"
-        return unit_vectors(lambda x: self.model.encode_text(self.tokenizer(x).to(self.device)), texts)
+        return unit_vectors(lambda x: self.model.encode_text(self.tokenizer(x).to(self.device)), list_texts(texts))
 
 # %% ../nbs/12b_encoders.ipynb #92b73a05
 def rounded_to_int16(
@@ -148,7 +149,7 @@ def from_pretrained(cls:Clap,
 )->Clap:
     "CLAP as `transformers` saves it"
     model = load_whole(ClapModel, folder, dtype=torch.float32).to(device).eval()
-    return cls(model, AutoTokenizer.from_pretrained(folder), AutoFeatureExtractor.from_pretrained(folder))
+    return cls(model, load_part(AutoTokenizer, folder), load_part(AutoFeatureExtractor, folder))
 
 # %% ../nbs/12b_encoders.ipynb #12781dee
 LEFT_OUT = re.compile(r'(text|audio)_transform\.|audio_branch\.(tscam_conv|head|spectrogram_extractor|logmel_extractor)\.|'
@@ -179,10 +180,7 @@ def read_checkpoint(
     path # that `torch.save` wrote
 )->dict:
     "Read a checkpoint without unpickling any code"
-    try:
-        with torch.serialization.safe_globals(NUMPY_DATA): saved = torch.load(path, map_location='cpu', weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as e:
-        raise ValueError(f'{path} is damaged or holds more than tensors and numbers: download it again from its authors') from e
+    with torch.serialization.safe_globals(NUMPY_DATA): saved = read_tensors(Path(path))
     if not isinstance(saved, dict): raise ValueError(f'{path} holds no dictionary: give a checkpoint or state dict')
     return saved
 
@@ -209,7 +207,7 @@ def from_official(cls:Clap,
     ids = {name: t for name, t in model.state_dict().items() if name.endswith('_ids')}
     load_strictly(model, from_laion(read_laion(path)) | ids, path)
     mels = ClapFeatureExtractor(frequency_min=50, truncation='rand_trunc', padding='repeatpad')
-    return cls(model.float().to(device).eval(), AutoTokenizer.from_pretrained(tokenizer, model_max_length=77), mels, int16=True)
+    return cls(model.float().to(device).eval(), load_part(AutoTokenizer, tokenizer, model_max_length=77), mels, int16=True)
 
 # %% ../nbs/12b_encoders.ipynb #12e0da04
 @contextmanager
@@ -241,7 +239,8 @@ class LaionClap:
             self.module = CLAP_Module(device='cpu')
         load_strictly(self.module.model, {name.removeprefix('module.'): t for name, t in read_laion(path).items() if not name.endswith('_ids')}, path)
         self.module.float().to(device).eval()
-        self.tokenizer, self.mels, self.int16 = AutoTokenizer.from_pretrained(tokenizer, model_max_length=77), ClapFeatureExtractor(), False
+        self.tokenizer = load_part(AutoTokenizer, tokenizer, model_max_length=77)
+        self.mels, self.int16 = ClapFeatureExtractor(), False
 
     prepare = Clap.prepare
 
@@ -258,4 +257,4 @@ class LaionClap:
     )->np.ndarray:      # [N, D]
         "Texts as unit vectors"
         tokens = lambda x: self.tokenizer(x, padding='max_length', truncation=True, return_tensors='pt')
-        return unit_vectors(lambda x: self.module.model.get_text_embedding(tokens(x)), texts)
+        return unit_vectors(lambda x: self.module.model.get_text_embedding(tokens(x)), list_texts(texts))

@@ -234,7 +234,8 @@ def weights_path(
 )->Path:
     "The file or folder that holds the weights"
     path = Path(component_path(source))
-    if not path.exists(): raise FileNotFoundError(f'there are no weights {source}: `egmi-weights paper` says how to get them')
+    if not path.exists():
+        raise FileNotFoundError(f'there are no weights {source}: `egmi-weights paper` says how to get them')
     return path
 
 @lru_cache
@@ -399,6 +400,8 @@ def main(
     A run that was killed goes on where it was."""
     seconds, config = {}, dict(reference=reference, generated=generated, captions=captions, preset=preset, resampler=resampler, mcd=mcd, device=device)
     try:
+        for name, value in dict(captions=captions, out=out).items():
+            if value == '': raise ValueError(f'--{name} is empty: give a path or leave it out')
         folder = check_writable(out, '--out DIR') if out else None
         with timed(seconds, 'score'): row, clips = score_sounds(preset, reference, generated, captions and read_captions(captions), device, resampler, mcd)
     except (ValueError, OSError) as e: raise SystemExit(f'egmi-evaluate: {e}')

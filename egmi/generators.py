@@ -17,7 +17,7 @@ import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, SchedulerMixin, UNet2DConditionModel
 from diffusers.utils.torch_utils import randn_tensor
 from fastcore.basics import patch
 from PIL import Image
@@ -25,13 +25,13 @@ from torchaudio.functional import melscale_fbanks
 from tqdm import tqdm
 from transformers import ClapTextModelWithProjection, CLIPTextModel, CLIPTokenizer, RobertaTokenizer, SpeechT5HifiGan
 
-from .imagebind import load_whole
+from .imagebind import load_part, load_whole, loading
 
 # %% ../nbs/06_generators.ipynb #43b1abac
 from fastcore.basics import ifnone
 
 from .audio import as_wave
-from .config import require_number, require_positive
+from .config import list_texts, require_number, require_positive
 
 # %% ../nbs/06_generators.ipynb #b1227a54
 def remaining_timesteps(
@@ -142,11 +142,12 @@ def from_pretrained(
     "Load the frozen components; an error names a missing one, or the weights that its files lack"
     check_source(source, (*cls.classes, 'scheduler'))
     def load(name, kind):
-        if name == 'tokenizer': return kind.from_pretrained(source, subfolder=name)
+        if name == 'tokenizer': return load_part(kind, source, subfolder=name)
         options = unet_options if name == 'unet' else {}
         return load_whole(kind, source, subfolder=name, dtype=dtype, **options).to(device)
-    kind = getattr(diffusers, DDIMScheduler.load_config(source, subfolder='scheduler')['_class_name'])
-    return cls(scheduler=kind.from_pretrained(source, subfolder='scheduler'), **{n: load(n, k) for n, k in cls.classes.items()})
+    with loading(SchedulerMixin, f'{source}/scheduler'):
+        kind = getattr(diffusers, DDIMScheduler.load_config(source, subfolder='scheduler')['_class_name'])
+    return cls(scheduler=load_part(kind, source, subfolder='scheduler'), **{n: load(n, k) for n, k in cls.classes.items()})
 
 # %% ../nbs/06_generators.ipynb #fb525776
 @patch
@@ -158,6 +159,7 @@ def encode_text(
 )->torch.Tensor:      # [N, ...], what `generate` takes
     "The text encoder's embeddings: the mapper's targets"
     require_positive(batch_size=batch_size)
+    captions = list_texts(captions, 'captions')
     tokens = self.tokenizer(captions, padding=self.padding, max_length=self.tokenizer.model_max_length, truncation=True, return_tensors='pt')
     ids, mask = (t.to(self.device).split(batch_size) for t in (tokens.input_ids, tokens.attention_mask))
     return torch.cat([self._embed(i, m) for i, m in zip(ids, mask)])
@@ -285,7 +287,8 @@ class AudioLDM(LatentDiffusion):
     ):
         "Load the frozen components; FileNotFoundError names a missing one"
         check_source(source, (*cls.classes, 'scheduler'))
-        config = UNet2DConditionModel.load_config(source, subfolder='unet')
+        unet = UNet2DConditionModel
+        with loading(unet, f'{source}/unet'): config = unet.load_config(source, subfolder='unet')
         heads = ifnone(attention_head_dim, attention_heads(config))
         return super().from_pretrained(source, dtype, device, attention_head_dim=heads)
 

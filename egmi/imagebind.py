@@ -6,16 +6,18 @@
 __all__ = ['TOWERS', 'OTHER_TOWERS', 'CLIP_MEAN', 'CLIP_STD', 'TowerConfig', 'ImageBindConfig', 'RepeatFrame', 'Stem',
            'vision_stem', 'audio_stem', 'PositionEmbedding', 'PatchTokens', 'vision_tokens', 'audio_tokens',
            'TextTokens', 'Block', 'Trunk', 'PickClass', 'Normalise', 'LogitScale', 'class_head', 'text_head',
-           'ImageBind', 'eos_positions', 'read_tensors', 'load_strictly', 'check_loaded', 'load_whole', 'read_official',
-           'official_config', 'preprocess_images', 'clip_starts', 'clip_spectrogram', 'spectrogram_input',
-           'preprocess_audio']
+           'ImageBind', 'eos_positions', 'read_tensors', 'load_strictly', 'check_loaded', 'first_line', 'loading',
+           'place_of', 'load_part', 'load_whole', 'read_official', 'official_config', 'preprocess_images',
+           'clip_starts', 'clip_spectrogram', 'spectrogram_input', 'preprocess_audio']
 
 # %% ../nbs/04_imagebind.ipynb #f319367a
 import json, math, pickle
 from collections import Counter, OrderedDict
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
+from zipfile import is_zipfile
 
 import torch
 import torch.nn.functional as F
@@ -280,9 +282,12 @@ def read_tensors(
     "The tensors of a file, without unpickling any code; a ValueError names a damaged file"
     try:
         if file.suffix == '.safetensors': return load_file(file)
-        return torch.load(file, map_location='cpu', weights_only=True, mmap=True)
+        return torch.load(file, map_location='cpu', weights_only=True, mmap=is_zipfile(file)) # older files are none
     except (RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as e:
         raise ValueError(f'{file} is damaged or holds more than tensors: get it again') from e
+    except OSError as e:
+        if e.filename is not None: raise # it is missing, for instance
+        raise ValueError(f'{file} is damaged or cannot be read: get it again') from e
 
 def load_strictly(
     model:nn.Module, # takes the tensors of `state` as they are, without a copy
@@ -319,20 +324,45 @@ def check_loaded(
                          f'expected {tuple(expected)}, found {tuple(found)}')
 
 # %% ../nbs/04_imagebind.ipynb #963f8a14
+def first_line(error:Exception)->str:
+    "What an error says, or is"
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+@contextmanager
+def loading(
+    kind, # class of transformers or diffusers
+    place # folder or hub id
+):
+    "An error while something is loaded says in one line what and where"
+    try: yield
+    except OSError as e:
+        raise FileNotFoundError(f'no {kind.__name__} in {place}: {first_line(e)}') from e
+    except pickle.UnpicklingError as e: # which would advise to run what is in it
+        raise ValueError(f'{kind.__name__} in {place} is damaged or holds more than tensors: get it again') from e
+    except Exception as e: # tokenizers has no errors of its own
+        raise ValueError(f'{kind.__name__} in {place} cannot be read: {first_line(e)}') from e
+
+def place_of(source, subfolder:str='', **options)->str:
+    "Where a part lies, for errors"
+    return f'{source}/{subfolder}' if subfolder else str(source)
+
+def load_part(
+    kind,     # class of transformers or diffusers
+    source,   # folder or hub id
+    **options # of `kind.from_pretrained`: subfolder...
+):
+    "What `from_pretrained` gives: a tokenizer, a processor, a scheduler"
+    with loading(kind, place_of(source, **options)): return kind.from_pretrained(source, **options)
+
 def load_whole(
     kind,     # class of transformers or diffusers
     source,   # folder or hub id
     **options # of `kind.from_pretrained`: dtype, subfolder...
 ):            # the model
     "A pretrained model without one random weight; an error names what its files lack"
-    place = '/'.join([str(source), *filter(None, [options.get('subfolder')])])
     report = dict(output_loading_info=True, ignore_mismatched_sizes=True)
-    try: model, info = kind.from_pretrained(source, **report, **options)
-    except OSError as e:
-        raise FileNotFoundError(f'no {kind.__name__} in {place}: {str(e).splitlines()[0]}') from e
-    except (ValueError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as e:
-        raise ValueError(f'{kind.__name__} in {place} cannot be read: {str(e).splitlines()[0]}') from e
-    check_loaded(model, info, place)
+    model, info = load_part(kind, source, **report, **options)
+    check_loaded(model, info, place_of(source, **options))
     return model
 
 # %% ../nbs/04_imagebind.ipynb #8423b3bf
@@ -401,6 +431,8 @@ def from_official(cls:ImageBind,
     config:ImageBindConfig=None # sizes; None reads them off the tensors
 )->ImageBind:
     "Load an official checkpoint"
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'there is no file {path}: `egmi-weights paper` says how to get it, and where it must lie')
     state, _ = read_official(path)
     return cls.from_state(config or official_config(state), state, path)
 

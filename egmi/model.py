@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['save_conditioner', 'trained', 'load_conditioner', 'load_panda', 'load_generators', 'mapper_config', 'EGMIOutput',
-           'EGMI', 'short', 'as_text', 'one_text', 'one_picture', 'one_sound', 'listed', 'check_outputs']
+           'EGMI', 'short', 'as_text', 'one_text', 'one_picture', 'one_sound', 'listed', 'check_outputs',
+           'check_generator', 'drawn_seeds']
 
 # %% ../nbs/10_model.ipynb #c4fa55fd
 import json, reprlib
@@ -17,12 +18,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastcore.basics import ifnone, patch
-from safetensors.torch import load_model, save_file
+from safetensors.torch import save_file
 
 from .audio import CHANNELS, as_wave, checked_rate, resample
 from .config import (component_path, get_preset, pick_device, pick_dtype, replacing, require_number,
                          require_positive, write_json)
 from .generators import AudioLDM, StableDiffusion, check_lengths, check_strength, generators_for
+from .imagebind import load_strictly, read_tensors
 from .images import as_rgb
 from .mapper import MapperConfig
 from .pandagpt import QUESTION, PandaGPT
@@ -53,8 +55,11 @@ def trained(
     for name in ('config.json', 'model.safetensors'):
         if not (folder/name).exists():
             raise FileNotFoundError(f'{folder} holds no {name}: give mini or the folder of a trained mapper; `papermill nbs/ablation.ipynb OUT.ipynb -p preset paper -p data COCO -p out_dir DIR` trains one for preset paper, in DIR/egmi')
-    try: preset, system, _ = itemgetter('preset', 'system', 'mapper')(json.loads((folder/'config.json').read_text()))
+    try:
+        preset, system, mapper = itemgetter('preset', 'system', 'mapper')(json.loads((folder/'config.json').read_text()))
+        MapperConfig(**mapper)
     except (ValueError, KeyError, TypeError) as e: raise ValueError(f'{folder}/config.json is not that of a trained mapper: give a folder written by save_pretrained') from e
+    read_tensors(folder/'model.safetensors') # small, and read before the frozen parts are
     if system not in systems: raise ValueError(f'{folder} holds a {system}, and wanted is: {", ".join(systems)}: give another folder')
     if wanted not in (None, preset):
         raise ValueError(f'mapper {folder} was trained with preset {preset!r}, not {wanted!r}: choose -p preset {preset}')
@@ -65,10 +70,11 @@ def load_conditioner(
     panda:PandaGPT  # its LLM gives the width of the token rows
 )->Conditioner:
     "The trained part, strictly: a weight too many or too few is an error"
-    config = json.loads((Path(folder)/'config.json').read_text())
+    folder = Path(folder)
+    config = json.loads((folder/'config.json').read_text())
     conditioner = make_conditioner(config['system'], panda, MapperConfig(**config['mapper']))
-    load_model(conditioner, str(Path(folder)/'model.safetensors'))
-    return conditioner.eval().requires_grad_(False)
+    load_strictly(conditioner, read_tensors(folder/'model.safetensors'), folder)
+    return conditioner.float().to(panda.llm.device).eval().requires_grad_(False)
 
 # %% ../nbs/10_model.ipynb #c2242b2b
 def load_panda(
@@ -210,6 +216,19 @@ def check_outputs(outputs)->list:
     if not outputs: raise ValueError(f'no outputs are wanted: {choice}')
     return outputs
 
+def check_generator(generator):
+    "TypeError unless it is a source of torch's random numbers, or None"
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f'generator must be a torch.Generator or None, not {short(generator)}')
+
+def drawn_seeds(
+    n:int,
+    generator # torch.Generator on any device, or None for the global one
+)->torch.Tensor:
+    "A seed for each sample"
+    device = None if generator is None else generator.device
+    return torch.randint(2**31, (n,), generator=generator, device=device)
+
 @patch
 def generate(self:EGMI,
     text=None,                           # one text or many
@@ -229,13 +248,14 @@ def generate(self:EGMI,
     steps = ifnone(steps, preset.sampling_steps)
     guidance_image = ifnone(guidance_image, preset.guidance_image)
     guidance_audio = ifnone(guidance_audio, preset.guidance_audio)
+    check_generator(generator)
     require_positive(steps=steps, max_new_tokens=max_new_tokens)
     require_number(guidance_image=guidance_image, guidance_audio=guidance_audio)
     texts, features = self.prompts(text, images, audio, sample_rate)
     answers = self.panda.generate_text([t or QUESTION for t in texts], features, max_new_tokens) if 'text' in outputs else None
     conditions = predict_conditions(self.conditioner, self.panda, cache_prefixes(self.panda, texts, features, progress=progress))
     if 'image' in outputs and conditions.clip_NLC is None: raise ValueError(f'{type(self.conditioner.mapper).__name__} makes no pictures: leave image out of outputs')
-    seeds = torch.randint(2**31, (len(texts),), generator=generator)
+    seeds = drawn_seeds(len(texts), generator)
     shared = dict(steps=steps, progress=progress)
     pictures = sounds = None
     if 'image' in outputs:
@@ -262,6 +282,7 @@ def edit(self:EGMI,
     steps = ifnone(steps, self.preset.sampling_steps)
     guidance_scale = ifnone(guidance_scale, self.preset.guidance_audio)
     check_strength(strength)
+    check_generator(generator)
     require_positive(steps=steps)
     require_number(guidance_scale=guidance_scale)
     sounds = listed(audio, 'audio', one_sound, as_wave)
@@ -270,7 +291,7 @@ def edit(self:EGMI,
     rate = self.audioldm.vocoder.config.sampling_rate
     clap_BC = self.conditions(text, audio=sounds, sample_rate=sample_rate).clap_NC
     wave_BT = np.stack([resample(x, sample_rate, rate) for x in sounds])
-    seeds = torch.randint(2**31, (len(wave_BT),), generator=generator)
+    seeds = drawn_seeds(len(wave_BT), generator)
     edited = self.audioldm.edit(clap_BC, wave_BT, strength, generator=generators_for(seeds), steps=steps,
                                 guidance_scale=guidance_scale, progress=progress)
     return EGMIOutput(None, None, edited, rate)

@@ -11,7 +11,7 @@ __all__ = ['SMOLLM2', 'MERGE', 'VOCABULARY', 'QUESTION', 'VICUNA_ROWS', 'VICUNA_
            'delta_shapes', 'check_delta', 'check_vicuna']
 
 # %% ../nbs/05_pandagpt.ipynb #5c232698
-import json, pickle, re, shutil
+import json, re, shutil
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from .config import cache_dir, component_path, read_or_make, replacing, require_positive
-from .imagebind import ImageBind, load_whole, preprocess_audio, preprocess_images, read_tensors
+from .config import cache_dir, component_path, list_texts, read_or_make, replacing, require_positive
+from .imagebind import ImageBind, first_line, load_whole, preprocess_audio, preprocess_images, read_tensors
 
 
 # %% ../nbs/05_pandagpt.ipynb #d1836cb2
@@ -121,10 +121,12 @@ def load_tokenizer(
 ):         # tokenizer of transformers
     "The tokenizer of an LLM; `tokenizer.model` is read where there is no `tokenizer.json`"
     from transformers import AutoTokenizer
-    pieces = None if find_file(source, 'tokenizer.json') else find_file(source, 'tokenizer.model')
-    if pieces: return read_sentencepiece(pieces)
-    try: return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as e:
+    whole = find_file(source, 'tokenizer.json')
+    pieces = None if whole else find_file(source, 'tokenizer.model')
+    try: return read_sentencepiece(pieces) if pieces else AutoTokenizer.from_pretrained(source)
+    except Exception as e: # sentencepiece and tokenizers have no errors of their own
+        if whole or pieces:
+            raise ValueError(f'the tokenizer in {whole or pieces} cannot be read ({first_line(e)}): get it again') from e
         raise FileNotFoundError(f'{source} has no tokenizer (tokenizer.json or tokenizer.model)') from e
 
 # %% ../nbs/05_pandagpt.ipynb #aeeaa526
@@ -166,7 +168,7 @@ def load_llm(
     except FileNotFoundError as e:
         raise FileNotFoundError(f'cannot load an LLM from {str(source)!r} ({e}): '
                                 f'give {SMOLLM2}, a folder in Hugging Face layout or a hub id') from e
-    check_llm(llm, tokenizer, source)
+    check_llm(llm, tokenizer, path)
     return llm.to(device), tokenizer
 
 # %% ../nbs/05_pandagpt.ipynb #79802800
@@ -340,6 +342,7 @@ def embed_prompts(
     histories=None   # for each sample what `embed_prompt` takes; None if nobody has spoken before
 )->tuple:            # embeds_BTD, mask_BT (1 where there is a token)
     "Embeddings of a batch of prompts, padded on the left; samples with and without media may be mixed"
+    texts = list_texts(texts)
     if features is None: features = [None] * len(texts)
     if histories is None: histories = [()] * len(texts)
     if len(features) != len(texts):
@@ -488,6 +491,7 @@ def embed_captions(
     captions:list[str] # answers to learn
 )->tuple:              # embeds_BSD, labels_BS (-100 on padding)
     "Answers with the `###` that ends them, padded on the right"
+    captions = list_texts(captions, 'captions')
     ids = [self.tokenizer(f'{self.space}{c}\n###', add_special_tokens=False).input_ids for c in captions]
     labels_BS = pad_sequence([torch.tensor(i, device=self.llm.device) for i in ids], batch_first=True, padding_value=-100)
     return self.llm.get_input_embeddings()(labels_BS.clamp(0)), labels_BS
@@ -501,8 +505,8 @@ def caption_loss(
     question:str        # what the human says
 )->Tensor:              # mean cross-entropy per caption token, in nats
     "How improbable the captions are as answers; unfreeze `projection` to learn from it"
-    prompt_BTD, mask_BT = self.embed_prompts([question] * len(captions), features)
     caption_BSD, labels_BS = self.embed_captions(captions)
+    prompt_BTD, mask_BT = self.embed_prompts([question] * len(caption_BSD), features)
     mask = torch.cat([mask_BT, (labels_BS != -100).long()], 1)
     out = self.llm.model(inputs_embeds=torch.cat([prompt_BTD, caption_BSD], 1), attention_mask=mask,
                          position_ids=position_ids(mask), use_cache=False)
@@ -514,9 +518,7 @@ def read_delta(
     path # `pytorch_model.pt` of PandaGPT
 )->dict: # key, as published -> tensor
     "The tensors of a PandaGPT checkpoint"
-    try: state = torch.load(path, map_location='cpu', weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as e:
-        raise ValueError(f'{path} is damaged or holds other things than tensors, and was not read: download it again') from e
+    state = read_tensors(Path(path))
     if not isinstance(state, dict) or not all(isinstance(key, str) and isinstance(t, Tensor) for key, t in state.items()):
         raise ValueError(f'{path} holds other things than named tensors: give pytorch_model.pt of PandaGPT')
     published = {}

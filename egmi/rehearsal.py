@@ -10,7 +10,7 @@ __all__ = ['CLIP_TEXT', 'CLIP_VISION', 'CLAP_TEXT', 'AUDIOLDM_L', 'LISTENERS', '
            'write_stable_diffusion', 'write_audioldm', 'write_clip', 'write_clap', 'write_cnn14', 'write_vggish',
            'count', 'bytes_needed', 'bytes_in_memory', 'layout_path', 'write_mapper', 'random_preset', 'write_weights',
            'places', 'write_coco', 'write_audiocaps', 'write_vctk', 'choose_preset', 'Rehearsal', 'write_corpora',
-           'prepare']
+           'whole_folder', 'prepare']
 
 # %% ../nbs/14_rehearsal.ipynb #6b96997e
 import io, json, os
@@ -18,7 +18,6 @@ from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pandas as pd
 import soundfile
@@ -30,7 +29,7 @@ from transformers import (ClapAudioConfig, ClapConfig, ClapFeatureExtractor, Cla
                           CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, LlamaConfig, LlamaForCausalLM,
                           SpeechT5HifiGan, SpeechT5HifiGanConfig)
 
-from .config import Preset, get_preset, pick_dtype
+from .config import Preset, check_files, get_preset, pick_dtype, read_or_make, replacing
 from .data import toybox
 from .evaluation import work_folder
 from .imagebind import ImageBind, ImageBindConfig, TowerConfig
@@ -38,6 +37,7 @@ from .listeners import Cnn14, VGGish
 from .mapper import EGMIMapper, MapperConfig, n_parameters
 from .mini.clap import roberta_tokenizer
 from .mini.clip import clip_tokenizer, with_prefixes
+from .mini.weights import write_manifest
 from .model import save_conditioner
 from .pandagpt import delta_shapes
 from .sources import check_memory, check_space, run_checks, sources_of
@@ -100,12 +100,13 @@ TINY_CLAP = ClapTextConfig(vocab_size=1000, hidden_size=32, intermediate_size=64
 TINY_HTSAT = ClapAudioConfig(patch_embeds_hidden_size=16, hidden_size=128, depths=[1, 1, 1, 1], num_attention_heads=[1, 2, 4, 8], projection_dim=32)
 TINY_UNET = dict(block_out_channels=(16, 32), norm_num_groups=8, layers_per_block=1, attention_head_dim=2,
                  down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D'), up_block_types=('CrossAttnUpBlock2D', 'UpBlock2D'))
-TINY_IMAGEBIND = ImageBindConfig(embed_dim=48, vision=TowerConfig(32, 2, 16), audio=TowerConfig(48, 2, 12), text=TowerConfig(32, 2, 16),
-                                 vocab=1000, eos_id=999)
+TINY_IMAGEBIND = ImageBindConfig(embed_dim=48, vocab=1000, eos_id=999, vision=TowerConfig(32, 2, 16),
+                                 audio=TowerConfig(48, 2, 12), text=TowerConfig(32, 2, 16))
 
 # %% ../nbs/14_rehearsal.ipynb #1910da77
 TINY = Scale('tiny', models=LISTENERS | dict(
-    llm=partial(LlamaForCausalLM, LlamaConfig(vocab_size=401, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)),
+    llm=partial(LlamaForCausalLM, LlamaConfig(vocab_size=401, hidden_size=64, intermediate_size=128,
+                                              num_hidden_layers=2, num_attention_heads=2)),
     imagebind=partial(ImageBind, TINY_IMAGEBIND),
     image_text=partial(CLIPTextModel, TINY_TEXT),
     image_unet=partial(UNet2DConditionModel, sample_size=32, cross_attention_dim=32, **TINY_UNET),
@@ -121,8 +122,9 @@ TINY = Scale('tiny', models=LISTENERS | dict(
 # %% ../nbs/14_rehearsal.ipynb #bb024027
 def wake(model:nn.Module):
     "Weights under which what goes in has as much variance at the end"
+    layers = (nn.Conv1d, nn.ConvTranspose1d, nn.Conv2d, nn.Linear)
     for module in model.modules():
-        if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d, nn.Conv2d, nn.Linear)): nn.init.kaiming_normal_(module.weight)
+        if isinstance(module, layers): nn.init.kaiming_normal_(module.weight)
 
 def draw(
     scale:Scale,
@@ -288,8 +290,7 @@ def write_weights(
     if folder.exists(): raise FileExistsError(f'{folder} exists: delete it, or choose another folder')
     folder.parent.mkdir(parents=True, exist_ok=True)
     check_space(folder.parent, bytes_needed(scale))
-    with TemporaryDirectory(dir=folder.parent) as tmp:
-        root = Path(tmp)/'all'
+    with replacing(folder) as root:
         for name, write in WRITERS.items():
             path = layout_path(root, preset.listeners.get(name) or getattr(preset, name))
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -298,7 +299,7 @@ def write_weights(
             (repository/'refs').mkdir()
             (repository/'refs/main').write_text(COMMIT)
         write_mapper(scale, root/'egmi', seed)
-        root.rename(folder)
+        write_manifest(root)
 
 def places(
     root # written by `write_weights`
@@ -376,13 +377,17 @@ def write_corpora(
 ):
     "Small Toybox corpora in the public layouts"
     train, test = toybox('train', n_train), toybox('test', n_test)
-    with TemporaryDirectory(dir=folder.parent) as tmp:
-        beside = Path(tmp)/'all'
+    with replacing(folder) as beside:
         write_coco(beside/'coco', 'train2017', train)
         write_coco(beside/'coco', 'val2017', test)
         write_audiocaps(beside/'audiocaps', 'test', test)
         write_vctk(beside/'vctk', test)
-        beside.rename(folder)
+        write_manifest(beside)
+
+def whole_folder(folder:Path)->Path:
+    "The folder, if every file in it is as it was written"
+    check_files(folder, json.loads((folder/'manifest.json').read_text())['files'], remedy='the rehearsal needs it')
+    return folder
 
 def prepare(
     weights:str,   # a name in `SCALES`
@@ -395,7 +400,7 @@ def prepare(
     folder, corpora = root/weights, root/f'data-{n_train}-{n_test}'
     memory = partial(check_memory, bytes_in_memory(scale, random_preset(scale), device), torch.device(device))
     run_checks([memory] if folder.exists() else [memory, partial(check_space, root, bytes_needed(scale))])
-    if not folder.exists(): write_weights(scale, folder, device)
-    if not corpora.exists(): write_corpora(corpora, n_train, n_test)
+    read_or_make(folder, whole_folder, lambda path: write_weights(scale, path, device))
+    read_or_make(corpora, whole_folder, lambda path: write_corpora(path, n_train, n_test))
     os.environ.update(places(folder))
     return Rehearsal(*(str(corpora/name) for name in ('coco', 'audiocaps', 'vctk')), str(folder/'egmi'))

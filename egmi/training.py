@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from .config import read_or_make, read_rows, replacing, require_positive
+from .config import list_texts, read_or_make, read_rows, replacing, require_positive
 from .fitting import FitConfig, batch_indices, fit, in_batches
 from .generators import AudioLDM, StableDiffusion
 from .losses import LossWeights, alignment_loss
@@ -43,6 +43,7 @@ def embed_with(
     batch_size:int=64   # captions at once, fewer where memory runs out
 )->torch.Tensor:        # on the CPU
     "A generator's embeddings of `{prefix} {caption}`"
+    captions = list_texts(captions, 'captions')
     def embed(rows): return generator.encode_text([f'{prefix} {c}' for c in captions[rows]]).float().cpu()
     return torch.cat(in_batches(embed, len(captions), batch_size, 'targets', progress=False))
 
@@ -104,6 +105,7 @@ def stored_targets(
 )->StoredTargets:
     "`text_targets` of many captions, kept on disk; shards that are there are not computed again"
     require_positive(shard_size=shard_size)
+    captions = list_texts(captions, 'captions')
     encoders = weights_hash(stable_diffusion.text_encoder) + weights_hash(audioldm.text_encoder)
     clip, clap = [], []
     for start in tqdm(range(0, len(captions), shard_size), desc='targets', unit='shard', disable=not progress):
@@ -122,6 +124,7 @@ def drop_modalities(
     seed:int=0
 )->tuple:                     # texts and features (None where left out), as `PandaGPT.embed_prompts` takes them
     "Leave out the picture or the caption of some prompts"
+    captions = list_texts(captions, 'captions')
     u_N = np.random.default_rng(seed).random(len(captions))
     texts = ['' if u < image_only else c for u, c in zip(u_N, captions)]
     features = [None if u > 1 - caption_only else f_D for u, f_D in zip(u_N, features_ND)]
@@ -137,6 +140,7 @@ def cache_prefixes(
     progress:bool=True  # show one
 )->list:                # one PrefixCache per prompt, on the CPU
     "Run every prompt once"
+    texts = list_texts(texts)
     features = [None] * len(texts) if features is None else features
     def run(rows):
         batch = panda.prefix(*panda.embed_prompts(texts[rows], features[rows])).to('cpu')

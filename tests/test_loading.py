@@ -69,7 +69,7 @@ def test_files_that_lack_weights(written, writer, load, part, lost, kind):
 
 
 def test_damaged_imagebind(tmp_path):
-    write_imagebind(TINY, tmp_path/'imagebind')
+    draw(TINY, 'imagebind').save_pretrained(tmp_path/'imagebind')
     for damaged, load in ((tmp_path/'imagebind/model.safetensors', lambda: ImageBind.from_pretrained(tmp_path/'imagebind')),
                           (tmp_path/'imagebind_huge.pth', lambda: ImageBind.from_pretrained(tmp_path/'imagebind_huge.pth'))):
         damaged.write_bytes(b'<html>' * 99)

@@ -10,6 +10,8 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import safetensors.torch
+import torch
 
 from conftest import NOTEBOOK, environment
 
@@ -151,7 +153,9 @@ class Hub(BaseHTTPRequestHandler):
 def content(name):
     "What a file of this name holds here."
     if name.endswith('.index.json'): return json.dumps(dict(weight_map={str(i): f'pytorch_model-0000{i}-of-00002.bin' for i in (1, 2)})).encode()
-    return f'this is {name}'.encode()
+    if name.endswith('.json'): return json.dumps(dict(name=name)).encode()
+    if name.endswith('.safetensors'): return safetensors.torch.save({name: torch.zeros(1)})
+    return f'\x80 this is {name}'.encode('latin-1')
 
 
 @pytest.fixture
@@ -167,7 +171,7 @@ import hashlib, sys
 import egmi.sources
 from dataclasses import replace
 def here(s):
-    body = f'this is {s.id}'.encode()
+    body = f'\\x80 this is {s.id}'.encode('latin-1')
     return replace(s, url=f'{sys.argv[1]}/{s.id}', bytes=len(body), sha256=hashlib.sha256(body).hexdigest()) if s.url else s
 egmi.sources.SOURCES = tuple(map(here, egmi.sources.SOURCES))
 egmi.sources.main('paper', download=True)
@@ -177,7 +181,9 @@ egmi.sources.main('paper', download=True)
 def test_download_goes_on_after_a_source_that_fails(hub, tmp_path):
     by_hand = tmp_path/'cache/weights'/PAPER.clap
     by_hand.mkdir(parents=True)
-    for name in CLAP: (by_hand/name).write_text('copied by hand')
+    for name in CLAP: (by_hand/name).write_bytes(content(name))
+    begun = tmp_path/'cache/weights'/PAPER.pandagpt
+    begun.mkdir(parents=True)
     variables = dict(HF_ENDPOINT=hub, HF_HUB_OFFLINE='0', HF_HOME=str(tmp_path/'hf'), HF_HUB_DISABLE_XET='1')
     command = [sys.executable, '-c', DOWNLOAD, hub]
     process = subprocess.run(command, cwd=tmp_path, env=environment(tmp_path/'cache', **variables), capture_output=True, text=True, timeout=300)
@@ -185,6 +191,7 @@ def test_download_goes_on_after_a_source_that_fails(hub, tmp_path):
     missing = process.stdout.split('Missing')[1].splitlines()[1:]
     assert len(missing) == 1 and missing[0].startswith('AudioLDM: cvssp/audioldm-l-full is missing')
     assert re.search(r'^AudioLDM: .*500', process.stderr, re.MULTILINE)
+    assert (begun/'pytorch_model.pt').exists()  # completed where it lies
     for repository, listed in REPOSITORIES.items():
         source = next(s for s in SOURCES if s.hub == repository)
         came = {name.removeprefix(f'{repository}/') for name in Hub.served if name.startswith(f'{repository}/')}
