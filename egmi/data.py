@@ -8,8 +8,8 @@ __all__ = ['TABLES', 'KEY', 'toybox', 'ids_hash', 'tally', 'FileExample', 'is_bl
            'require_columns', 'checked_row', 'swallows_rows', 'parse_record', 'csv_rows', 'jsonl_rows', 'read_csv',
            'by_stem', 'only_one', 'one_sound', 'text_rows', 'read_rows', 'find_sound', 'load_folder', 'read_json',
            'json_rows', 'load_coco', 'load_karpathy', 'sentence_examples', 'coco_parts', 'clip_names', 'pick_captions',
-           'start_second', 'load_audiocaps', 'load_vctk', 'word_edges', 'spoken_span', 'number_type', 'Cell',
-           'media_cells', 'load_huggingface']
+           'start_second', 'find_clip', 'load_audiocaps', 'load_vctk', 'word_edges', 'spoken_span', 'number_type',
+           'Cell', 'media_cells', 'load_huggingface']
 
 # %% ../nbs/07_data.ipynb #b488b679
 import ast, csv, hashlib, io, json, os, re, reprlib, warnings
@@ -503,7 +503,9 @@ def clip_names(
     start:int # second at which the clip starts
 )->list:
     "Names that a clip of AudioCaps goes by"
-    return [y + youtube_id + tail for y in ('', 'Y') for tail in ('', f'_{start}', f'_{start}_{start + 10}')]
+    end = start + 10
+    times = ('', f'_{start}', f'_{start}_{end}', f'_{start * 1000}_{end * 1000}', f'_{start}.000_{end}.000')
+    return [y + youtube_id + time for y in ('', 'Y') for time in times]
 
 # %% ../nbs/07_data.ipynb #8270716d
 def pick_captions(
@@ -531,8 +533,17 @@ def start_second(
     try: seconds = float(text)
     except ValueError: seconds = np.nan
     if not (seconds >= 0 and seconds.is_integer()):
-        raise ValueError(f'{text!r} is no number of whole seconds')
+        raise ValueError(f'start_time {text!r} is no number of whole seconds')
     return int(seconds)
+
+def find_clip(
+    row:dict,   # of the captions
+    stored:dict # name without suffix -> files
+)->Path|None:
+    "The file of a clip"
+    names = clip_names(row['youtube_id'], start_second(row['start_time']))
+    files = [p for name in names for p in stored.get(name, [])]
+    return one_sound(files or stored.get(row['audiocap_id'], []))
 
 def load_audiocaps(
     captions:str|Path,      # CSV of a split: audiocap_id, youtube_id, start_time, caption
@@ -544,17 +555,15 @@ def load_audiocaps(
     captions, sounds, examples = Path(captions), Path(sounds), []
     rows = csv_rows(captions, ['audiocap_id', 'youtube_id', 'start_time', 'caption'])
     if ids: rows = pick_captions(rows, Path(ids))
-    files = listed(sounds)
-    stored = {p.stem: p for kinds in (UNREAD, SOUNDS) for p in files if p.suffix.lower() in kinds}
+    stored = by_stem(sounds, SOUNDS + UNREAD)
     for row in rows:
         if isinstance(row, str):
             examples.append(broken(row))
             continue
         clip, caption = row['youtube_id'], row['audiocap_id']
-        problem, names = None, [clip]
-        try: names = clip_names(clip, start_second(row['start_time']))
-        except ValueError as e: problem = f'{captions}: start_time of {caption}: {e}'
-        file = next((stored[n] for n in names if n in stored), sounds/f'{clip}.wav')
+        problem, file = None, sounds/f'{clip}.wav'
+        try: file = find_clip(row, stored) or file
+        except ValueError as e: problem = f'{captions}: clip {caption}: {e}'
         examples += captioned(f'audiocaps/{clip}/{caption}', row['caption'], problem, audio_file=file)
     return keep_good(examples, captions, **check)
 
@@ -567,9 +576,9 @@ def load_vctk(
     "VCTK 0.92: what was said, and how it sounds"
     if mic not in ('mic1', 'mic2'): raise ValueError(f'there is no microphone {mic!r}: choose mic1 or mic2')
     folder = Path(folder)
-    texts = {p.stem: p for p in listed(folder, 'txt/*/*.txt')}
-    recordings = listed(folder, f'wav48_silence_trimmed/*/*_{mic}.flac')
-    sounds = {p.stem.removesuffix(f'_{mic}'): p for p in recordings}
+    texts = by_stem(folder, ('.txt',), 'txt/*/*')
+    recordings = by_stem(folder, SOUNDS + UNREAD, f'wav48_silence_trimmed/*/*_{mic}.*')
+    sounds = {stem.removesuffix(f'_{mic}'): paths for stem, paths in recordings.items()}
     gaps, skipped, examples, kept = dict(p315=texts, p362=sounds), Counter(), [], []
     if mic == 'mic2': gaps['p280'] = sounds
     for utterance in sorted(texts | sounds):
@@ -579,9 +588,11 @@ def load_vctk(
             continue
         kept.append(utterance)
         id = f'vctk/{utterance}_{mic}'
-        sound = sounds.get(utterance, folder/'wav48_silence_trimmed'/speaker/f'{utterance}_{mic}.flac')
-        try: caption = read_text(texts[utterance]) if utterance in texts else ''
-        except ValueError as e: examples.append(FileExample(id, '', audio_file=sound, problem=str(e)))
+        missing = folder/'wav48_silence_trimmed'/speaker/f'{utterance}_{mic}.flac'
+        try:
+            sound = one_sound(sounds.get(utterance, [])) or missing
+            caption = read_text(only_one(texts[utterance], 'text')) if utterance in texts else ''
+        except (ValueError, OSError) as e: examples.append(FileExample(id, '', problem=str(e)))
         else: examples += captioned(id, caption, audio_file=sound)
     if skipped:
         counts = ', '.join(f'{n:,} of {s}' for s, n in sorted(skipped.items()))
@@ -646,7 +657,7 @@ class Cell:
         "The encoded bytes; a decoded picture is written as TIFF, an array as wav"
         value = self.data[self.row][self.column]
         if isinstance(value, Image.Image):
-            value.save(buffer := io.BytesIO(), 'TIFF')
+            as_rgb(value, f'picture {self}').save(buffer := io.BytesIO(), 'TIFF')
             return buffer
         if isinstance(value, bytes): return io.BytesIO(value)
         if isinstance(value, str): return open(value, mode)

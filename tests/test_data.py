@@ -264,6 +264,7 @@ def test_several_captions_of_one_picture(tmp_path):
     records(folder/'captions.jsonl', rows)
     expected = [('a.png/0', 'one'), ('a.png/1', 'two'), ('a.png/2', 'three')]
     assert [(e.id, e.caption) for e in load_folder(folder)] == expected
+    (folder/'captions.jsonl').unlink()
     table(folder, [['a.png', 'one'], ['a.png', 'two']])
     assert [(e.id, e.caption) for e in load_folder(folder)] == [('a.png', 'one'), ('a.png/1', 'two')]
 
