@@ -304,7 +304,7 @@ def by_stem(
     folder:Path,
     suffixes:tuple, # lower case
     pattern:str='*' # of `glob`
-)->dict:           # stem -> its files
+)->dict:            # stem -> its files
     "The files of some kinds, found by name without suffix"
     groups = defaultdict(list)
     for path in listed(folder, pattern):

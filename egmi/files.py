@@ -11,6 +11,7 @@ import re
 import unicodedata
 from contextlib import contextmanager
 from functools import partial
+from glob import glob
 from pathlib import Path
 
 # %% ../nbs/00b_files.ipynb #884cb8a5
@@ -46,9 +47,8 @@ def listed(
 )->list:            # Path, in order
     "The files of a folder that are not hidden, nor in a hidden folder"
     if not folder.is_dir(): raise FileNotFoundError(f'there is no folder {folder}')
-    paths = sorted(folder.glob(pattern))
-    seen = [p for p in paths if not any(part.startswith('.') for part in p.relative_to(folder).parts)]
-    return [p for p in seen if not p.is_dir()]
+    seen = (folder/name for name in glob(pattern, root_dir=folder, recursive=True))
+    return sorted(path for path in seen if not path.is_dir())
 
 # %% ../nbs/00b_files.ipynb #5d1e7a91
 def from_tensor(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SAMPLE_RATE', 'N_FFT', 'HOP', 'N_MELS', 'ORIGINAL_HEADS', 'remaining_timesteps', 'noised', 'denoise', 'guided',
            'generators_for', 'check_source', 'LatentDiffusion', 'StableDiffusion', 'mel_filters', 'log_mel',
-           'attention_heads', 'AudioLDM', 'to_half_peak', 'span_mask', 'check_strength']
+           'attention_heads', 'AudioLDM', 'to_half_peak', 'span_mask', 'check_lengths', 'check_strength']
 
 # %% ../nbs/06_generators.ipynb #8ec8eae9
 import inspect
@@ -30,6 +30,7 @@ from .imagebind import load_whole
 # %% ../nbs/06_generators.ipynb #43b1abac
 from fastcore.basics import ifnone
 
+from .audio import as_wave
 from .config import require_number, require_positive
 
 # %% ../nbs/06_generators.ipynb #b1227a54
@@ -365,6 +366,15 @@ def span_mask(
         mask_B1T1[i, :, int(start * rate):ceil(end * rate)] = 1
     return mask_B1T1
 
+def check_lengths(
+    sounds:list # mono
+):
+    "ValueError unless all are equally long"
+    lengths = {len(x) for x in sounds}
+    if len(lengths) > 1:
+        raise ValueError(f'the sounds have {len(lengths)} different lengths: '
+                         'edit sounds of different lengths one by one')
+
 def check_strength(strength:float):
     "ValueError unless it is a share"
     require_number(strength=strength)
@@ -375,7 +385,7 @@ def check_strength(strength:float):
 def edit(
     self:AudioLDM,
     clap_BC,                 # CLAP text embeddings of what is wanted
-    wave_BT,                 # sources: mono, 16 kHz, in [-1, 1]
+    wave_BT,                 # sources as `as_wave` takes them, equally long, 16 kHz
     strength:float=.5,       # 0 keeps the sources as VAE and vocoder render them, 1 their length and level
     spans=None,              # B pairs (start, end) in seconds outside of which nothing changes
     generator=None,          # list of B torch.Generator, see `generators_for`
@@ -387,13 +397,15 @@ def edit(
     progress:bool=True       # show a bar
 )->np.ndarray:               # float32 [B, samples], as long and as loud as the sources
     "The sources, changed towards one condition each"
-    wave_BT = torch.as_tensor(wave_BT, dtype=torch.float32, device='cpu')
+    sounds = [as_wave(x, f'sound {i}') for i, x in enumerate(wave_BT)]
     check_strength(strength)
     require_positive(steps=steps, batch_size=batch_size)
-    if len(wave_BT) != len(clap_BC):
-        raise ValueError(f'{len(wave_BT)} sounds for {len(clap_BC)} embeddings: give one each')
+    if len(sounds) != len(clap_BC):
+        raise ValueError(f'{len(sounds)} sounds for {len(clap_BC)} embeddings: give one each')
     if spans is not None and len(spans) != len(clap_BC):
         raise ValueError(f'{len(spans)} spans for {len(clap_BC)} sounds: give one each')
+    check_lengths(sounds)
+    wave_BT = torch.from_numpy(np.stack(sounds))
     half_BT, level_B1 = to_half_peak(wave_BT)
     source = torch.cat([self.encode_audio(w) for w in half_BT.split(batch_size)])
     mask = None if spans is None else span_mask(spans, source.shape[2], SAMPLE_RATE / (HOP * self.factor))

@@ -10,6 +10,7 @@ __all__ = ['save_conditioner', 'trained', 'load_conditioner', 'load_panda', 'loa
 import json, reprlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from numbers import Number
 from operator import itemgetter
 from pathlib import Path
 
@@ -18,10 +19,10 @@ import torch
 from fastcore.basics import ifnone, patch
 from safetensors.torch import load_model, save_file
 
-from .audio import as_wave, resample
+from .audio import CHANNELS, as_wave, checked_rate, resample
 from .config import (component_path, get_preset, pick_device, pick_dtype, replacing, require_number,
                          require_positive, write_json)
-from .generators import AudioLDM, StableDiffusion, check_strength, generators_for
+from .generators import AudioLDM, StableDiffusion, check_lengths, check_strength, generators_for
 from .images import as_rgb
 from .mapper import MapperConfig
 from .pandagpt import QUESTION, PandaGPT
@@ -151,12 +152,13 @@ def one_picture(x)->bool: return getattr(x, 'ndim', 1) in (0, 2, 3)
 
 def one_sound(x)->bool:
     "Whether an array is one sound; a ValueError where its rows may be sounds as well as channels"
-    if getattr(x, 'dtype', object) == object: return False
-    shape = tuple(np.shape(x))
-    if len(shape) == 2 and shape[0] < shape[1]:
-        raise ValueError(f'audio of shape {shape} may be {shape[0]} sounds or one with {shape[0]} channels: '
+    if isinstance(x, list): return bool(x) and isinstance(x[0], Number)
+    if getattr(x, 'dtype', None) == object or not hasattr(x, 'shape'): return False
+    if len(x.shape) != 2 or min(x.shape) != x.shape[0]: return True
+    if 1 < len(x) <= CHANNELS:
+        raise ValueError(f'audio of shape {tuple(x.shape)} may be {len(x)} sounds or one with {len(x)} channels: '
                          'give list(audio) or audio.mean(0)')
-    return True
+    return False
 
 def listed(
     given,    # one thing, many, or None
@@ -180,7 +182,7 @@ def prompts(self:EGMI, text, images, audio, sample_rate)->tuple:
     if len(set(sizes.values())) != 1: raise ValueError(f'give text, images or audio, equally many of each, not {sizes or "nothing"}')
     if 0 in sizes.values(): raise ValueError(f'there is nothing to generate: {", ".join(sizes)} is empty')
     if audio is not None and sample_rate is None: raise ValueError('audio needs its sample_rate in Hz')
-    if audio is not None: require_number(above=0, sample_rate=sample_rate)
+    if audio is not None: checked_rate(sample_rate)
     media = [] if images is None else [self.panda.image_features(images)]
     if audio is not None: media.append(self.panda.audio_features(audio, sample_rate))
     n = next(iter(sizes.values()))
@@ -264,8 +266,8 @@ def edit(self:EGMI,
     require_number(guidance_scale=guidance_scale)
     sounds = listed(audio, 'audio', one_sound, as_wave)
     if not sounds: raise ValueError('there is nothing to edit: give one sound or many as audio')
-    rate, lengths = self.audioldm.vocoder.config.sampling_rate, {len(x) for x in sounds}
-    if len(lengths) > 1: raise ValueError(f'the sounds have {len(lengths)} different lengths: edit sounds of different lengths one by one')
+    check_lengths(sounds)
+    rate = self.audioldm.vocoder.config.sampling_rate
     clap_BC = self.conditions(text, audio=sounds, sample_rate=sample_rate).clap_NC
     wave_BT = np.stack([resample(x, sample_rate, rate) for x in sounds])
     seeds = torch.randint(2**31, (len(wave_BT),), generator=generator)
