@@ -155,12 +155,28 @@ def test_long_sounds_need_little_memory():
     assert int(process.stdout) < 500
 
 
+@pytest.mark.parametrize('captions, error, message', [
+    (dict(a=None, b='a bell'), ValueError, r'1 of 2 sounds have no caption: add them \(first: a\)'),
+    (dict(a=['a dog'], b='a bell'), ValueError, r"the caption of a is \['a dog'\], not text"),
+    (dict(a='nan', b='a bell'), ValueError, "the caption of a is 'nan'"),
+    ('captions.csv', TypeError, "captions must be a dict from id to caption, not 'captions.csv'")])
+def test_captions_that_are_none(captions, error, message, tmp_path):
+    real = write_sounds(tmp_path, (id for id in 'ab'), (TONE for id in 'ab'), RATE)
+    with pytest.raises(error, match=message): read_pairs(real, real, captions, progress=False)
+
+
+@pytest.mark.parametrize('ids, sounds', [({'a', 'b'}, [TONE] * 2), (['a'], None), (None, [TONE])], ids=['set', 'no sounds', 'no ids'])
+def test_what_has_no_order_is_no_list(ids, sounds, tmp_path):
+    with pytest.raises(TypeError, match='must be a list, not '): write_sounds(tmp_path/'made', ids, sounds, RATE)
+    assert not os.listdir(tmp_path)
+
+
 # Cut files
 
 KINDS = [
     ('WAV', 'PCM_16'), ('WAV', 'PCM_24'), ('WAV', 'PCM_32'), ('WAV', 'PCM_U8'), ('WAV', 'FLOAT'),
     ('WAV', 'MS_ADPCM'), ('WAVEX', 'PCM_16'), ('RF64', 'PCM_16'), ('AIFF', 'PCM_16'), ('AIFF', 'FLOAT'),
-    ('AU', 'PCM_16'), ('CAF', 'PCM_24'), ('CAF', 'ALAC_16'), ('W64', 'PCM_24'), ('FLAC', 'PCM_16'), ('FLAC', 'PCM_24'),
+    ('AU', 'PCM_16'), ('NIST', 'PCM_16'), ('NIST', 'PCM_24'), ('CAF', 'PCM_24'), ('CAF', 'ALAC_16'), ('W64', 'PCM_24'), ('FLAC', 'PCM_16'), ('FLAC', 'PCM_24'),
     ('OGG', 'VORBIS'), ('OGG', 'OPUS'), ('MP3', 'MPEG_LAYER_III')]
 
 
@@ -308,7 +324,7 @@ def test_every_kind_that_can_be_read_is_found(tmp_path):
     for file in found.values(): assert len(read_audio(file)[0]) == audio_info(file).frames == RATE
 
 
-@pytest.mark.parametrize('name', ['b.m4a', 'b.WMA', 'b.aac', 'sub/b.webm'])
+@pytest.mark.parametrize('name', ['b.m4a', 'b.WMA', 'b.aac', 'sub/b.webm', 'b.3gp'])
 def test_other_kinds_are_named(name, tmp_path):
     write_sounds(tmp_path, ['a'], [TONE], RATE)
     (tmp_path/name).parent.mkdir(exist_ok=True)
@@ -329,6 +345,28 @@ def test_hidden_files_and_folders_are_no_sounds(tmp_path):
     assert list(find_sounds(tmp_path)) == ['a', 'b/c']
 
 
+def test_links_are_followed_and_lost_ones_are_missing(tmp_path):
+    write_sounds(tmp_path/'elsewhere', ['a', 'b'], [TONE] * 2, RATE)
+    (tmp_path/'here').mkdir()
+    (tmp_path/'here/part').symlink_to(tmp_path/'elsewhere')
+    (tmp_path/'here/c.wav').symlink_to(tmp_path/'elsewhere/a.wav')
+    assert list(find_sounds(tmp_path/'here')) == ['c', 'part/a', 'part/b']
+    (tmp_path/'elsewhere/a.wav').unlink()
+    assert list(find_sounds(tmp_path/'here')) == ['c', 'part/b']
+    with pytest.raises(ValueError, match=r'c\.wav is missing'): read_pairs(tmp_path/'here', tmp_path/'here', progress=False)
+
+
+def test_rates_that_no_sound_has(tmp_path):
+    soundfile.write(tmp_path/'a.wav', TONE, 16)
+    for look in (check_audio, read_audio):
+        with pytest.raises(ValueError, match=r'a\.wav has a sample rate of 16 Hz'): look(tmp_path/'a.wav')
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    (tmp_path/os.fsdecode(b'caf\xe9.wav')).write_bytes(encoded(TONE, format='WAV'))
+    with pytest.raises(ValueError, match=r'caf\\udce9\.wav. is not in UTF-8: rename it'): find_sounds(tmp_path)
+
+
 # Ids
 
 @pytest.mark.parametrize('ids, message', [
@@ -338,7 +376,7 @@ def test_hidden_files_and_folders_are_no_sounds(tmp_path):
     (['a', '../b'], r"'\.\./b' has a part that begins with a dot"),
     (['a', '/tmp/b'], "'/tmp/b' is empty or has an empty part"),
     (['a', ''], "'' is empty"), (['a', 'a/'], "'a/' is empty or has an empty part"),
-    (['a', '.b'], 'begins with a dot'),
+    (['a', '.b'], 'begins with a dot'), (['a', 'caf\udce9'], 'is not in UTF-8'),
     (['a', 'b\\..\\c'], 'holds a backslash'), (['a', 'b' * 252], 'too long'),
     (['a', None], 'the id None is no text'), (['a', float('nan')], 'the id nan is no text')])
 def test_ids_are_checked_before_anything_is_written(ids, message, tmp_path):
