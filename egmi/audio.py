@@ -24,7 +24,7 @@ import soundfile
 import soxr
 
 # %% ../nbs/00d_audio.ipynb #c3edcef0
-from .files import bad_file, listed, opened
+from .files import bad_file, from_tensor, listed, opened
 
 # %% ../nbs/00d_audio.ipynb #b3d3cefb
 LOUDEST = 8 # peak of floats that still pass for a sound
@@ -65,10 +65,7 @@ def as_samples(
     name:str   # of the sound, for errors
 )->np.ndarray: # integers or floats
     "An array of numbers, or a TypeError"
-    if hasattr(wave, 'detach'): # a tensor
-        wave = wave.detach().cpu()
-        if wave.is_floating_point(): wave = wave.float()
-    try: samples = np.asarray(wave)
+    try: samples = np.asarray(from_tensor(wave))
     except ValueError: samples = np.asarray(None) # lists of unequal length
     if samples.dtype.kind in 'iuf': return samples
     given = f'{type(wave).__name__} of {samples.dtype}' if samples.ndim else reprlib.repr(wave)
@@ -289,7 +286,7 @@ def list_sounds(
     folder
 )->list: # Path, in alphabetical order
     "The sounds of a folder and its subfolders"
-    paths = [path for path in listed(Path(folder), '**/*') if not path.is_dir()]
+    paths = listed(Path(folder), '**/*')
     sounds = [path for path in paths if path.suffix.lower() in SOUNDS]
     unread = [path for path in paths if path.suffix.lower() in UNREAD]
     read = {path.with_suffix('') for path in sounds}

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SURROGATE', 'RESAMPLERS', 'NETWORKS', 'SET_SCORES', 'id_flaw', 'checked_ids', 'in_order', 'write_sounds',
-           'find_sounds', 'require_all', 'check_names', 'Sound', 'read_sound', 'read_pairs', 'resample_by_torchaudio',
-           'Network', 'whole', 'hear_judge', 'weights_path', 'files_hash', 'load_network', 'hear_batch', 'heard_before',
-           'embed_sounds', 'set_scores', 'distortion', 'clip_table', 'guards', 'score_sounds', 'read_captions', 'main']
+           'find_sounds', 'require_all', 'checked_captions', 'check_names', 'Sound', 'read_sound', 'read_pairs',
+           'resample_by_torchaudio', 'Network', 'whole', 'hear_judge', 'weights_path', 'files_hash', 'load_network',
+           'hear_batch', 'heard_before', 'embed_sounds', 'set_scores', 'distortion', 'clip_table', 'guards',
+           'score_sounds', 'read_captions', 'main']
 
 # %% ../nbs/13b_folders.ipynb #c9d6d7c0
 import hashlib, io, re, reprlib, unicodedata
@@ -29,7 +30,7 @@ from .audio import (SOUNDS, as_channels, audio_info, checked_rate, is_silent, li
                         resample, wav_bytes)
 from .config import (component_path, file_hash, get_preset, pick_device, read_arrays, read_kept,
                          replacing, write_json)
-from .data import caption_problem, is_blank, read_csv, tally
+from .data import caption_problem, read_csv, tally
 from .evaluation import load_clap, work_folder
 from .files import bad_file, explain_mismatch
 from .listeners import RATE, Cnn14, VGGish, equal_lengths
@@ -122,6 +123,18 @@ def require_all(
     spare = set(there) - set(wanted)
     raise ValueError(f'{problem}: {explain_mismatch(wanted, there)}' if spare else problem)
 
+def checked_captions(
+    captions,              # id -> caption: a dict or a Series of pandas
+    source:str='captions'  # where they come from, for errors
+)->dict:                   # id -> caption, both text
+    "Captions, if each is one"
+    if not isinstance(captions, (Mapping, pd.Series)):
+        raise TypeError(f'{source} must be a dict of id -> caption, not a {type(captions).__name__}')
+    for id, caption in captions.items():
+        if problem := caption_problem(caption):
+            raise ValueError(f'{source}: the caption of {id} {problem}: mend it or take it out')
+    return {str(id): caption for id, caption in captions.items()}
+
 def check_names(
     references:dict, # id -> Path
     generated:dict,  # id -> Path
@@ -131,13 +144,7 @@ def check_names(
     require_all(references, generated, 'outputs are missing for {n} references: generate them, or take the references out')
     require_all(generated, references, '{n} generated sounds have no reference: take them out')
     if len(references) < 2: raise ValueError(f'there is only the sound {next(iter(references))}: a distribution needs at least 2')
-    if captions is None: return
-    if not isinstance(captions, (Mapping, pd.Series)):
-        raise TypeError(f'captions must be a dict from id to caption, not {reprlib.repr(captions)}')
-    captioned = {id for id, caption in captions.items() if not is_blank(caption)}
-    require_all(references, captioned, '{n} sounds have no caption: add them')
-    for id in references:
-        if problem := caption_problem(captions[id]): raise ValueError(f'the caption of {id} {problem}')
+    if captions is not None: require_all(references, captions, '{n} sounds have no caption: add them')
 
 # %% ../nbs/13b_folders.ipynb #f697ef70
 @dataclass(frozen=True)
@@ -352,7 +359,7 @@ def score_sounds(
     preset,                  # `mini`, `paper` or a `Preset`: which networks listen
     reference_dir,           # ID.wav or flac, mp3, opus...: recorded sounds
     generated_dir,           # the same ids: what a system made
-    captions:dict|None=None, # id -> caption, for CLAP
+    captions=None,           # id -> caption, for CLAP; a dict or a Series
     device:str='auto',       # as `pick_device` takes it
     resampler:str='soxr',    # or torchaudio
     mcd:bool=False,          # also compare each pair by mel cepstral distortion
@@ -361,6 +368,7 @@ def score_sounds(
     "Score a folder of generated sounds against a folder of recorded ones"
     preset, device = get_preset(preset) if isinstance(preset, str) else preset, pick_device(device)
     if resampler not in RESAMPLERS: raise ValueError(f'unknown resampler {resampler!r}: choose one of {", ".join(RESAMPLERS)}')
+    if captions is not None: captions = checked_captions(captions)
     listeners = preset.listeners | (dict(clap=preset.clap) if captions is not None else {})
     require_weights(preset, ['listeners'] if captions is None else ['listeners', 'clap'])
     references, generated = read_pairs(reference_dir, generated_dir, captions, max(NETWORKS[name].shortest for name in listeners), progress)
@@ -381,7 +389,7 @@ def read_captions(
     rows = read_csv(Path(path), ['id', 'caption'])
     twice = rows.id[rows.id.duplicated()]
     if len(twice): raise ValueError(f'{path} has several captions for {twice.iloc[0]}: keep one')
-    return dict(zip(rows.id, rows.caption))
+    return checked_captions(dict(zip(rows.id, rows.caption)), path)
 
 # %% ../nbs/13b_folders.ipynb #eb3e4271
 @call_parse

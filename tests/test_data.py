@@ -62,6 +62,14 @@ def test_pictures_are_upright(orientation, suffix, options, tmp_path):
     assert picture.size == (64, 48) and difference.max() <= (6 if suffix == '.jpg' else 0)
 
 
+def test_damaged_exif_turns_nothing(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = stored(PHOTO, tmp_path, '.jpg', exif=exif)
+    file.write_bytes(file.read_bytes().replace(b'Exif\0\0MM', b'Exif\0\0XX'))
+    assert read_image(file).size == as_rgb(Image.open(file)).size == (64, 48)
+
+
 def transparent_pictures():
     "A pixel that hides a colour beside an opaque one, in every way to say so; the opaque colour."
     palette = Image.new('P', (2, 1))
@@ -101,7 +109,8 @@ def test_grey_is_scaled(pixels, tmp_path):
 def test_arrays_are_pictures():
     assert as_rgb(np.array([[True, False]])).getpixel((0, 0)) == WHITE
     pixels = np.array(PHOTO)
-    for array in (pixels, pixels / 255, pixels.astype(np.int64), torch.from_numpy(pixels)):
+    trained = torch.tensor(pixels / 255, requires_grad=True)
+    for array in (pixels, pixels / 255, pixels.astype(np.int64), torch.from_numpy(pixels), trained):
         same(as_rgb(array), PHOTO)
 
 
@@ -264,6 +273,7 @@ def test_several_captions_of_one_picture(tmp_path):
     records(folder/'captions.jsonl', rows)
     expected = [('a.png/0', 'one'), ('a.png/1', 'two'), ('a.png/2', 'three')]
     assert [(e.id, e.caption) for e in load_folder(folder)] == expected
+    (folder/'captions.jsonl').unlink()
     table(folder, [['a.png', 'one'], ['a.png', 'two']])
     assert [(e.id, e.caption) for e in load_folder(folder)] == [('a.png', 'one'), ('a.png/1', 'two')]
 
@@ -356,6 +366,26 @@ def test_a_text_of_another_encoding(tmp_path):
     with raises(r'1 of 2 .*b\.txt is not text in UTF-8'): load_folder(folder)
 
 
+def test_a_table_with_two_columns_of_one_name(tmp_path):
+    folder = folder_of(tmp_path, ['a.png'])
+    (folder/'captions.csv').write_text('image,caption,caption\na.png,a dog,un chien\n')
+    with raises('has several columns caption: keep one'): load_folder(folder)
+
+
+def test_a_text_that_is_gone(tmp_path):
+    folder = folder_of(tmp_path, ['a.png', 'b.png'], ['a.txt'])
+    (folder/'b.txt').symlink_to(folder/'gone.txt')
+    with raises(r'1 of 2 .* b\.png: .*No such file'): load_folder(folder)
+
+
+def test_a_picture_of_two_names(tmp_path):
+    coco_of(tmp_path, ['a dog'])
+    path = tmp_path/'annotations/captions_val2017.json'
+    coco = json.loads(path.read_text())
+    path.write_text(json.dumps(coco | dict(images=coco['images'] + [dict(id=0, file_name='1.jpg')])))
+    with raises('picture 0, which has several names'): load_coco(tmp_path, 'val2017')
+
+
 # Captions that are no text
 
 CAST = ['nan', 'None', 'NaN', '<NA>', "['a dog', 'two dogs']", '["a dog"]', "('a dog',)", "['a dog' 'b']"]
@@ -389,6 +419,12 @@ def test_only_text_is_a_caption(value, tmp_path):
     with raises('1 of 5'): load_coco(tmp_path, 'val2017')
 
 
+def test_brackets_alone_make_no_list(tmp_path):
+    captions = ['("hi", he said)', '["laughs"] a dog [barks]', '[music]']
+    coco_of(tmp_path, captions)
+    assert [e.caption for e in load_coco(tmp_path, 'val2017')] == captions
+
+
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('value', CAST)
 def test_no_value_cast_to_text_is_a_caption(value, tmp_path):
@@ -407,6 +443,29 @@ def test_missing_clips_are_explained(clips, tmp_path):
     (tmp_path/'ids.csv').write_text('youtube_id\nclip1\nclip2.wav\n')
     with raises("id clip2.wav is not in the captions .*but 'clip2' is there: they differ by a suffix of ids"):
         clips({}, ids=tmp_path/'ids.csv')
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_two_files_of_one_clip(clips, tmp_path):
+    for name in ('clip7.flac', 'Yclip8_30.000_40.000.wav'):
+        (tmp_path/'sounds'/name).write_bytes((tmp_path/'sounds/clip7.wav').read_bytes())
+    with raises(r'2 of 200 .* has clip7\.flac, clip7\.wav: keep one'): clips({}, max_bad=0)
+    (tmp_path/'sounds/clip8.wav').unlink()
+    assert [e.id for e in clips({})] == ids_without(7)
+
+
+def test_nothing_good_is_an_error(tmp_path):
+    coco_of(tmp_path, [7, None])
+    with raises('2 of 2 .* mend them$'): load_coco(tmp_path, 'val2017', max_bad=1)
+
+
+def test_pictures_in_another_folder_are_explained(tmp_path):
+    coco_of(tmp_path, ['a dog'])
+    (tmp_path/'0.jpg').unlink()
+    (tmp_path/'images').mkdir()
+    (tmp_path/'val2017').rename(tmp_path/'images/val2017')
+    with raises("'val2017/0.jpg' is missing but 'images/val2017/0.jpg' is there"):
+        load_coco(tmp_path, 'val2017')
 
 
 def test_missing_pictures_are_explained(tmp_path):

@@ -15,7 +15,7 @@ from conftest import ROOT
 
 from egmi.audio import audio_info, check_audio, read_audio, wav_bytes
 from egmi.encoders import Clap
-from egmi.folders import RESAMPLERS, find_sounds, read_pairs, read_sound, write_sounds
+from egmi.folders import RESAMPLERS, find_sounds, read_pairs, read_sound, score_sounds, write_sounds
 from egmi.listeners import at_16k
 
 RATE = 16_000
@@ -156,13 +156,13 @@ def test_long_sounds_need_little_memory():
 
 
 @pytest.mark.parametrize('captions, error, message', [
-    (dict(a=None, b='a bell'), ValueError, r'1 of 2 sounds have no caption: add them \(first: a\)'),
+    (dict(a=None, b='a bell'), ValueError, r'the caption of a is empty'),
     (dict(a=['a dog'], b='a bell'), ValueError, r"the caption of a is \['a dog'\], not text"),
     (dict(a='nan', b='a bell'), ValueError, "the caption of a is 'nan'"),
-    ('captions.csv', TypeError, "captions must be a dict from id to caption, not 'captions.csv'")])
+    ('captions.csv', TypeError, "captions must be a dict of id -> caption, not a str")])
 def test_captions_that_are_none(captions, error, message, tmp_path):
     real = write_sounds(tmp_path, (id for id in 'ab'), (TONE for id in 'ab'), RATE)
-    with pytest.raises(error, match=message): read_pairs(real, real, captions, progress=False)
+    with pytest.raises(error, match=message): score_sounds('mini', real, real, captions)
 
 
 @pytest.mark.parametrize('ids, sounds', [({'a', 'b'}, [TONE] * 2), (['a'], None), (None, [TONE])],
