@@ -59,10 +59,10 @@ def trained(
         preset, system, mapper = itemgetter('preset', 'system', 'mapper')(json.loads((folder/'config.json').read_text()))
         MapperConfig(**mapper)
     except (ValueError, KeyError, TypeError) as e: raise ValueError(f'{folder}/config.json is not that of a trained mapper: give a folder written by save_pretrained') from e
-    read_tensors(folder/'model.safetensors') # small, and read before the frozen parts are
     if system not in systems: raise ValueError(f'{folder} holds a {system}, and wanted is: {", ".join(systems)}: give another folder')
     if wanted not in (None, preset):
         raise ValueError(f'mapper {folder} was trained with preset {preset!r}, not {wanted!r}: choose -p preset {preset}')
+    read_tensors(folder/'model.safetensors') # small, and read before the frozen parts are
     return folder, preset
 
 def load_conditioner(
