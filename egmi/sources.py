@@ -25,8 +25,8 @@ from huggingface_hub import model_info, snapshot_download
 from huggingface_hub.file_download import http_get
 from safetensors import SafetensorError, safe_open
 
-from .config import (WEIGHTS, Preset, cache_dir, check_files, component_path, file_hash, get_preset, hub_dir,
-                         pick_dtype, weights_dir)
+from .config import (CACHE, WEIGHTS, Preset, check_files, component_path, file_hash, folder_from, get_preset,
+                         hub_dir, pick_dtype, weights_dir)
 from .mapper import MapperConfig, n_parameters
 from .model import trained
 from .pandagpt import MERGE, find_gguf
@@ -356,7 +356,7 @@ def check_run(
     checks += [partial(component_path, name) for name in names_of(preset, parts)] # hashes of our own weights
     checks += [partial(check_data, preset, name, folder, corpus) for name, (folder, corpus) in data.items()]
     if mapper is not None: checks.append(partial(trained, mapper or preset.name, wanted=preset.name))
-    checks += [partial(check_space, cache_dir(), written, 'intermediate results'),
+    checks += [partial(check_space, folder_from('EGMI_CACHE', CACHE), written, 'intermediate results'),
                partial(check_memory, bytes_held(preset, sources, device), device)]
     run_checks([*checks, *more])
 
