@@ -50,7 +50,7 @@ def test_paper_preset_lists_all_that_it_lacks(notebook, parts, data, tmp_path):
     for line, wanted in zip(lines, data): assert line.startswith("data: preset 'paper' needs ") and f'give -p {wanted}' in line
     mapper = [line for line in lines[len(data):] if 'a trained mapper' in line]
     assert len(mapper) == (notebook != 'ablation')
-    assert sorted(os.listdir(tmp_path)) == ['cache', 'executed.ipynb']
+    assert sorted(os.listdir(tmp_path)) == ['executed.ipynb']
 
 
 def test_weights_command_refuses_an_unknown_preset():
