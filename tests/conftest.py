@@ -45,8 +45,8 @@ def check_cells(notebook, **parameters):
 @pytest.fixture(scope='session')
 def new_cache(tmp_path_factory):
     "Makes an empty cache that borrows only the converted LLM from the usual one."
-    from egmi.config import cache_dir
-    from egmi.pandagpt import smollm2_path
+    from egmi.base.config import cache_dir
+    from egmi.frozen.llm import smollm2_path
     llm, usual = smollm2_path(), cache_dir()
 
     def make():

@@ -56,9 +56,9 @@ def test_measured_numbers_are_finite_and_in_range(table):
 
 
 def test_frechet_distances_are_those_of_the_saved_samples(cache, table):
-    from egmi.config import component_path
-    from egmi.data import toybox
-    from egmi.mini.judge import Judge, picture_tensor, read, sound_tensor
+    from egmi.base.config import component_path
+    from egmi.toybox.scenes import toybox
+    from egmi.evaluation.judge import Judge, picture_tensor, read, sound_tensor
     scenes, senses = toybox('test', 4), dict(image=('picture', 'images', picture_tensor), audio=('sound', 'audio', sound_tensor))
     for word, (sense, name, tensor) in senses.items():
         judge = Judge.from_pretrained(component_path(f'judge/{sense}')).float().eval()
@@ -194,7 +194,7 @@ def fingerprints(modules):
 
 @pytest.fixture(scope='module')
 def mini():
-    from egmi.config import get_preset
+    from egmi.base.config import get_preset
     from egmi.model import load_generators, load_panda, mapper_config
     preset = get_preset('mini')
     panda, generators = load_panda(preset), load_generators(preset)
@@ -205,8 +205,8 @@ def mini():
 
 @pytest.mark.parametrize('system', MAPPERS)
 def test_only_tokens_and_mapper_learn(mini, system):
-    from egmi.data import toybox
-    from egmi.fitting import FitConfig
+    from egmi.toybox.scenes import toybox
+    from egmi.base.fitting import FitConfig
     from egmi.training import cache_prefixes, make_conditioner, text_targets, train_conditioner
     panda, generators, sizes, frozen, frozen_before = mini
     conditioner, scenes = make_conditioner(system, panda, sizes), toybox('train', 2)

@@ -21,8 +21,8 @@ MEASURED = ['mcd', 'clap', 'changed', 'kept']
 @pytest.fixture(scope='module')
 def finished(tmp_path_factory, new_cache):
     "Results of one run, with a folder in VCTK's layout in which Toybox scenes stand for utterances."
-    from egmi.data import toybox
-    from egmi.rehearsal import write_vctk
+    from egmi.toybox.scenes import toybox
+    from egmi.small.rehearsal import write_vctk
     folder = tmp_path_factory.mktemp('finished')
     write_vctk(folder/'vctk', toybox('test', 3))
     process = papermill(folder, new_cache(), timeout=600, notebook=NOTEBOOK, data=folder/'vctk', **TINY)
@@ -132,8 +132,8 @@ def test_mapper_that_does_not_fit_is_refused(config, message, tmp_path):
 @pytest.fixture
 def speech(tmp_path):
     "A folder in VCTK's layout with two utterances."
-    from egmi.data import toybox
-    from egmi.rehearsal import write_vctk
+    from egmi.toybox.scenes import toybox
+    from egmi.small.rehearsal import write_vctk
     write_vctk(tmp_path/'vctk', toybox('test', 2))
     return tmp_path/'vctk'
 

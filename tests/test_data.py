@@ -12,11 +12,13 @@ import torch
 from PIL import Image
 
 import egmi.images
-from egmi.config import component_path
-from egmi.data import load_audiocaps, load_coco, load_folder, load_huggingface, load_karpathy, load_vctk
-from egmi.encoders import TransformersClip
-from egmi.imagebind import ImageBindConfig, preprocess_images
-from egmi.images import check_image, read_image
+from egmi.base.config import component_path
+from egmi.data.corpora import load_audiocaps, load_coco, load_karpathy, load_vctk
+from egmi.data.folders import load_folder
+from egmi.data.hub import load_huggingface
+from egmi.evaluation.encoders import TransformersClip
+from egmi.frozen.imagebind import ImageBindConfig, preprocess_images
+from egmi.base.images import check_image, read_image
 
 BLOCKS = np.random.default_rng(0).integers(0, 256, (6, 8, 3))
 PHOTO = Image.fromarray(np.kron(BLOCKS, np.ones((8, 8, 1))).astype(np.uint8)) # 64 x 48
@@ -24,7 +26,7 @@ RAMP = np.arange(65_536).reshape(256, 256)
 WHITE = (255, 255, 255)
 
 
-def as_rgb(*given): return egmi.images.as_rgb(*given)
+def as_rgb(*given): return egmi.base.images.as_rgb(*given)
 
 
 def stored(picture, tmp_path, suffix='.png', **options):

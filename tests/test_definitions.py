@@ -13,14 +13,14 @@ import pytest
 import torch
 from scipy.spatial.distance import cdist
 
-from egmi.data import toybox
-from egmi.folders import NETWORKS, Sound, clip_table
-from egmi.generators import generators_for
-from egmi.imagebind import ImageBindConfig, clip_starts, preprocess_audio
-from egmi.listeners import EXAMPLE, RATE, Cnn14, VGGish, equal_lengths
-from egmi.metrics import DECIBELS, mel_cepstra, mel_cepstral_distortion, warped_mean
+from egmi.toybox.scenes import toybox
+from egmi.evaluation.folders import NETWORKS, Sound, clip_table
+from egmi.frozen.diffusion import generators_for
+from egmi.frozen.imagebind import ImageBindConfig, clip_starts, preprocess_audio
+from egmi.evaluation.networks import EXAMPLE, RATE, Cnn14, VGGish, equal_lengths
+from egmi.evaluation.metrics import DECIBELS, mel_cepstra, mel_cepstral_distortion, warped_mean
 from egmi.model import load_generators
-from egmi.rehearsal import TINY, places, random_preset, write_weights
+from egmi.small.rehearsal import TINY, places, random_preset, write_weights
 
 SCENES = [e.audio for e in toybox('test', 8)]
 SECONDS = np.arange(len(SCENES[0])) / RATE

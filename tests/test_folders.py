@@ -15,14 +15,15 @@ from conftest import ROOT
 from fastcore.script import anno_parser
 
 import egmi.folders
-from egmi.config import component_path, get_preset
-from egmi.data import ids_hash, toybox
-from egmi.evaluation import load_clap
-from egmi.folders import NETWORKS, load_network, main, read_pairs, score_sounds, write_sounds
-from egmi.listeners import Cnn14, VGGish
-from egmi.metrics import KL_EPSILON, cosine_similarity, frechet_distance, inception_score, kernel_distance, kl_divergence
-from egmi.mini.judge import Judge, read, sound_tensor
-from egmi.rehearsal import TINY, write_clap
+from egmi.base.config import component_path, get_preset
+from egmi.data.examples import ids_hash
+from egmi.toybox.scenes import toybox
+from egmi.evaluation.scoring import load_clap
+from egmi.evaluation.folders import NETWORKS, load_network, main, read_pairs, score_sounds, write_sounds
+from egmi.evaluation.networks import Cnn14, VGGish
+from egmi.evaluation.metrics import KL_EPSILON, cosine_similarity, frechet_distance, inception_score, kernel_distance, kl_divergence
+from egmi.evaluation.judge import Judge, read, sound_tensor
+from egmi.small.rehearsal import TINY, write_clap
 
 RATE = 16_000
 SCENES = sorted(toybox('test', 8), key=lambda s: s.id)
@@ -169,13 +170,13 @@ def test_paper_preset_lists_only_the_weights_it_listens_with(folders):
     ('id,caption\na,b\na,c\n', r'has several captions for a: keep one$'), ('', r'is empty$')])
 def test_bad_captions(text, message, tmp_path):
     (tmp_path/'captions.csv').write_text(text)
-    with pytest.raises(ValueError, match=message): egmi.folders.read_captions(tmp_path/'captions.csv')
+    with pytest.raises(ValueError, match=message): egmi.evaluation.folders.read_captions(tmp_path/'captions.csv')
 
 
 # Killed, and again
 
 def test_a_killed_run_goes_on(folders, heard, monkeypatch):
-    kept = egmi.folders.hear_batch
+    kept = egmi.evaluation.folders.hear_batch
     batches = []
 
     def killed(*arguments):
@@ -185,10 +186,10 @@ def test_a_killed_run_goes_on(folders, heard, monkeypatch):
     options = dict(listeners=get_preset('mini').listeners, batch_size=5, progress=False)
     references, generated = read_pairs(*folders, progress=False)
     monkeypatch.setattr(egmi.folders, 'hear_batch', killed)
-    with pytest.raises(KeyboardInterrupt): egmi.folders.embed_sounds(references, **options)
+    with pytest.raises(KeyboardInterrupt): egmi.evaluation.folders.embed_sounds(references, **options)
     monkeypatch.setattr(egmi.folders, 'hear_batch', kept)
     assert heard == dict(judge=5)
-    egmi.folders.embed_sounds(references, **options)
+    egmi.evaluation.folders.embed_sounds(references, **options)
     assert heard == dict(judge=8)
     row, _ = score(folders)
     assert heard == dict(judge=16)

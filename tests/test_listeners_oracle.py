@@ -7,7 +7,7 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from egmi.listeners import RATE, Cnn14, VGGish, at_16k, log_mel_examples
+from egmi.evaluation.networks import RATE, Cnn14, VGGish, at_16k, log_mel_examples
 
 rng = np.random.default_rng(0)
 NOISE = [(.2 * rng.normal(size=n) * np.sin(np.arange(n) / 9000)).astype(np.float32) for n in (48_000, 35_000)]

@@ -10,11 +10,14 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from egmi.encoders import Clap, TransformersClip
-from egmi.generators import AudioLDM, StableDiffusion
-from egmi.imagebind import ImageBind, load_whole
-from egmi.pandagpt import PandaGPT, load_llm, smollm2_path
-from egmi.rehearsal import TINY, draw, write_audioldm, write_clap, write_clip, write_imagebind, write_llm, write_stable_diffusion
+from egmi.evaluation.encoders import Clap, TransformersClip
+from egmi.frozen.audioldm import AudioLDM
+from egmi.frozen.diffusion import StableDiffusion
+from egmi.base.loading import load_whole
+from egmi.frozen.imagebind import ImageBind
+from egmi.frozen.llm import load_llm, smollm2_path
+from egmi.frozen.pandagpt import PandaGPT
+from egmi.small.rehearsal import TINY, draw, write_audioldm, write_clap, write_clip, write_imagebind, write_llm, write_stable_diffusion
 
 # (writes a folder, loads it, its subfolder, part of the names that get lost, class in the error)
 PARTS = [(write_stable_diffusion, StableDiffusion.from_pretrained, 'text_encoder', 'final_layer_norm', 'CLIPTextModel'),
@@ -102,14 +105,14 @@ def test_the_cache_has_no_name():
     with mock.patch.object(panda.llm.model, 'forward', strict):
         prompts = panda.embed_prompts(['a dog barks', 'two bells'])
         tokens_B16D = panda.llm.get_input_embeddings().weight[:16].expand(2, -1, -1)
-        h_B16D = panda.tail(panda.prefix(*prompts), tokens_B16D)
-    assert torch.allclose(h_B16D, panda.full(*prompts, tokens_B16D), atol=1e-3)
+        h_B16D = run_tail(panda.llm, run_prefix(panda.llm, *prompts), tokens_B16D)
+    assert torch.allclose(h_B16D, run_whole(panda.llm, *prompts, tokens_B16D), atol=1e-3)
 
 
 MERGE = """
 import re, sys
 from pathlib import Path
-from egmi.pandagpt import merge_vicuna
+from egmi.frozen.vicuna import merge_vicuna
 kilobytes = lambda what: int(re.search(what + r':\\s*(\\d+) kB', Path('/proc/self/status').read_text())[1])
 before = kilobytes('VmRSS')
 merge_vicuna(*sys.argv[1:], shard_size=10_000_000)

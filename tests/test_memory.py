@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from egmi.evaluation import generate_samples
+from egmi.evaluation.scoring import generate_samples
 from egmi.model import load_generators, load_panda, mapper_config
-from egmi.rehearsal import TINY, places, random_preset, write_weights
+from egmi.small.rehearsal import TINY, places, random_preset, write_weights
 from egmi.training import cache_prefixes, make_conditioner, predict_conditions, text_targets
 
 TEXTS = ['a bell', 'three big green whistles indoors', 'a drum in the rain', 'two birds', 'by a busy road there is a frog']

@@ -24,7 +24,7 @@ import egmi.metrics as metrics
 from egmi.metrics import (DECIBELS, KL_EPSILON, cosine_similarity, frechet_distance, frechet_infinity, inception_score,
                           kernel_distance, kl_divergence, kl_of_pairs, mel_cepstra, mel_cepstral_distortion,
                           precision_recall, warped_mean)
-from egmi.statistics import holm, paired_bootstrap, permutation_test
+from egmi.evaluation.statistics import holm, paired_bootstrap, permutation_test
 
 with contextlib.redirect_stdout(io.StringIO()): from dtw import dtw
 

@@ -16,11 +16,11 @@ import torch
 from conftest import NOTEBOOK, environment
 
 import egmi.pandagpt
-from egmi.config import component_path, get_preset
-from egmi.evaluation import Scorer
+from egmi.base.config import component_path, get_preset
+from egmi.evaluation.scoring import Scorer
 from egmi.model import load_generators, load_panda
-from egmi.rehearsal import TINY, write_weights
-from egmi.sources import SOURCES, main, wanted_files
+from egmi.small.rehearsal import TINY, write_weights
+from egmi.frozen.weights import SOURCES, main, wanted_files
 
 PAPER = get_preset('paper')
 
@@ -173,8 +173,8 @@ from dataclasses import replace
 def here(s):
     body = f'\\x80 this is {s.id}'.encode('latin-1')
     return replace(s, url=f'{sys.argv[1]}/{s.id}', bytes=len(body), sha256=hashlib.sha256(body).hexdigest()) if s.url else s
-egmi.sources.SOURCES = tuple(map(here, egmi.sources.SOURCES))
-egmi.sources.main('paper', download=True)
+egmi.frozen.weights.SOURCES = tuple(map(here, egmi.frozen.weights.SOURCES))
+egmi.frozen.weights.main('paper', download=True)
 '''
 
 

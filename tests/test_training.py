@@ -9,7 +9,7 @@ import time
 
 from conftest import environment
 
-from egmi.config import WEIGHTS
+from egmi.base.config import WEIGHTS
 
 
 def trainer(name, cache, *flags, **options):
@@ -61,7 +61,7 @@ def test_another_round_keeps_the_tokenizer_that_the_weights_know(tmp_path):
 FULL_DISK = '''
 import resource, sys, torch
 from pathlib import Path
-from egmi.fitting import FitConfig, fit
+from egmi.base.fitting import FitConfig, fit
 
 torch.manual_seed(0)
 model = torch.nn.Linear(64, 64)

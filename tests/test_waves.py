@@ -13,10 +13,10 @@ import soxr
 import torch
 from conftest import ROOT
 
-from egmi.audio import audio_info, check_audio, read_audio, wav_bytes
-from egmi.encoders import Clap
-from egmi.folders import RESAMPLERS, find_sounds, read_pairs, read_sound, score_sounds, write_sounds
-from egmi.listeners import at_16k
+from egmi.base.audio_files import audio_info, check_audio, read_audio, wav_bytes
+from egmi.evaluation.encoders import Clap
+from egmi.evaluation.folders import RESAMPLERS, find_sounds, read_pairs, read_sound, score_sounds, write_sounds
+from egmi.evaluation.networks import at_16k
 
 RATE = 16_000
 TONE = (.5 * np.sin(2 * np.pi * 440 * np.arange(RATE) / RATE)).astype(np.float32)
@@ -127,7 +127,7 @@ def test_files_of_integers_cast_to_floats_are_refused(tmp_path):
 # Rates
 
 def test_resample_is_soxr():
-    from egmi.audio import resample
+    from egmi.base.audio import resample
     noise = np.random.default_rng(0).normal(size=50_003).astype(np.float32)
     for old, new in [(48_000, 16_000), (44_100, 16_000), (16_000, 48_000), (22_050, 16_000)]:
         np.testing.assert_array_equal(resample(noise, old, new), soxr.resample(noise, old, new))
@@ -144,7 +144,7 @@ def test_bad_rates(rate, tmp_path):
 def test_long_sounds_need_little_memory():
     "Thirty minutes at 48 kHz are 346 MB, and 115 MB at 16 kHz."
     code = ('import resource, numpy as np\n'
-            'from egmi.folders import RESAMPLERS\n'
+            'from egmi.evaluation.folders import RESAMPLERS\n'
             'def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n'
             'wave_T = np.random.default_rng(0).random(1800 * 48_000, dtype=np.float32)\n'
             'before = peak()\n'
@@ -428,6 +428,6 @@ def test_captions_that_do_not_pair_are_explained(tmp_path):
 
 
 def test_many_ids_are_explained_at_once():
-    from egmi.files import explain_mismatch
+    from egmi.base.files import explain_mismatch
     ids = [f'clip {n:06}' for n in range(50_000)]
     assert 'a suffix of ids' in explain_mismatch(ids, [f'{id}.wav' for id in ids])

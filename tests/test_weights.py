@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from egmi.config import WEIGHTS
+from egmi.base.config import WEIGHTS
 from test_packaging import committed_files
 
 MB = 10**6
