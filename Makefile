@@ -51,12 +51,12 @@ report: install  ## gather the tables of runs/mini (or OUT) into one page, table
 	$(BIN)/jupyter nbconvert --to html --no-input $(OUT)/tables.ipynb
 
 mini-models: install  ## train the small frozen models of egmi/weights anew, one after another: hours on a CPU, and a killed run goes on (MODELS="clip clap" picks)
-	for model in $(MODELS); do $(BIN)/python -m egmi.mini.$$model --root egmi/weights $(ARGS) || exit 1; done
+	for model in $(MODELS); do $(BIN)/python -m egmi.small.$$model --root egmi/weights $(ARGS) || exit 1; done
 
-mini-report: install  ## measure the small frozen models: model card in nbs/mini/report.ipynb, numbers in runs/mini/report (with ARGS, all in runs/mini/report)
+mini-report: install  ## measure the small frozen models: model card in nbs/small/report.ipynb, numbers in runs/mini/report (with ARGS, all in runs/mini/report)
 	@mkdir -p runs/mini/report
-	$(BIN)/papermill nbs/mini/report.ipynb runs/mini/report/report.ipynb $(ARGS) --no-progress-bar --stdout-file - --stderr-file -
-	$(if $(ARGS),,mv runs/mini/report/report.ipynb nbs/mini/report.ipynb && $(BIN)/nbdev_clean --fname nbs/mini/report.ipynb)
+	$(BIN)/papermill nbs/small/report.ipynb runs/mini/report/report.ipynb $(ARGS) --no-progress-bar --stdout-file - --stderr-file -
+	$(if $(ARGS),,mv runs/mini/report/report.ipynb nbs/small/report.ipynb && $(BIN)/nbdev_clean --fname nbs/small/report.ipynb)
 
 test: check  ## everything a change must pass
 	PYTHONUNBUFFERED=1 $(BIN)/nbdev_test --n_workers 1 --do_print --timing

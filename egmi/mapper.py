@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MapperConfig', 'CrossEncoderLayer', 'CrossEncoder', 'MapperTrunk', 'AudioHead', 'Mapper', 'EGMIMapper',
-           'SeparatedMapper', 'CrossMapper', 'NextGPTMapper', 'GILLMapper', 'n_parameters', 'match_parameters']
+           'SeparatedMapper', 'CrossMapper', 'NextGPTMapper', 'GILLMapper', 'count_parameters', 'match_parameters']
 
 # %% ../nbs/paper/02_mapper.ipynb #7b3cef77
 from bisect import bisect_left
@@ -229,7 +229,7 @@ class GILLMapper(NextGPTMapper):
         return None, self.audio_head(self.audio_trunk(aud_B8D))
 
 # %% ../nbs/paper/02_mapper.ipynb #eefd26ce
-def n_parameters(
+def count_parameters(
     module:nn.Module # any module
 )->int:
     "Number of its parameters"
@@ -249,7 +249,7 @@ def match_parameters(
 
     def count(head_width):
         with torch.device('meta'):
-            return n_parameters(mapper_class(resize(head_width)))
+            return count_parameters(mapper_class(resize(head_width)))
 
     head_widths = range(1, 4 * config.d_model // config.n_heads)
     narrowest = bisect_left(head_widths, n_params, key=count)

@@ -54,7 +54,7 @@ def test_paper_preset_lists_all_that_it_lacks(notebook, parts, data, tmp_path):
 
 
 def test_weights_command_refuses_an_unknown_preset():
-    process = subprocess.run([sys.executable, '-m', 'egmi.sources', 'maxi'], capture_output=True, text=True)
+    process = subprocess.run([sys.executable, '-m', 'egmi.frozen.weights', 'maxi'], capture_output=True, text=True)
     assert last_line(process) == "egmi-weights: unknown preset 'maxi': choose one of mini, paper"
 
 
@@ -170,7 +170,7 @@ def test_notebook_names_a_damaged_weight_file(site, tmp_path):
 
 def test_report_says_which_weights_are_missing(site, tmp_path):
     for name in ('judge/sound', 'projection'): shutil.rmtree(site/'egmi/weights'/name)
-    line = last_line(papermill(tmp_path, tmp_path/'cache', notebook=ROOT/'nbs/mini/report.ipynb', variables=dict(PYTHONPATH=str(site))))
+    line = last_line(papermill(tmp_path, tmp_path/'cache', notebook=ROOT/'nbs/small/report.ipynb', variables=dict(PYTHONPATH=str(site))))
     assert line.startswith(f'FileNotFoundError: {site}/egmi/weights lacks ') and line.endswith(': restore it with `git checkout` or reinstall egmi')
     assert all(name in line for name in ('judge/sound/model.safetensors', 'projection/pytorch_model.pt')) and 'clip/model.safetensors' not in line
     assert not list(tmp_path.glob('out/*'))

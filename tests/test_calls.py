@@ -208,7 +208,7 @@ def encoder(seed):
 def targets(folder):
     def run():
         stored = stored_targets(encoder(0), encoder(1), SAID * 20, folder, shard_size=40, progress=False)
-        return float(stored[range(60)].clap_NC.sum())
+        return float(stored[range(60)].audio.sum())
     return run
 
 
@@ -316,7 +316,7 @@ def test_a_training_leaves_the_package_as_it_is(tmp_path):
     before = contents()
     (tmp_path/'elsewhere').mkdir()
     sizes = ['--steps', '1', '--batch_size', '2', '--n_scenes', '4']
-    command = [sys.executable, '-m', 'egmi.mini.judge', '--device', 'cpu', '--onward', *sizes]
+    command = [sys.executable, '-m', 'egmi.small.judge', '--device', 'cpu', '--onward', *sizes]
     variables = environment(tmp_path/'cache', PYTHONPATH=str(site), PYTHONDONTWRITEBYTECODE='1')
     options = dict(cwd=tmp_path/'elsewhere', env=variables, capture_output=True, text=True)
     process = subprocess.run(command, **options)

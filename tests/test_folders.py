@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT
 from fastcore.script import anno_parser
 
-import egmi.folders
+import egmi.evaluation.folders
 from egmi.base.config import component_path, get_preset
 from egmi.data.examples import ids_hash
 from egmi.toybox.scenes import toybox
@@ -64,7 +64,7 @@ def score(folders, **options): return score_sounds('mini', *folders, device='cpu
 def test_command_writes_and_prints_the_scores(folders, tmp_path):
     captions = {s.id: s.caption for s in SCENES}
     pd.DataFrame(captions.items(), columns=['id', 'caption']).to_csv(tmp_path/'captions.csv', index=False)
-    command = [sys.executable, '-m', 'egmi.folders', *folders, '--captions', tmp_path/'captions.csv', '--out', tmp_path/'out', '--device', 'cpu', '--mcd']
+    command = [sys.executable, '-m', 'egmi.evaluation.folders', *folders, '--captions', tmp_path/'captions.csv', '--out', tmp_path/'out', '--device', 'cpu', '--mcd']
     process = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600)
     assert process.returncode == 0, process.stderr[-2000:]
     assert sorted(os.listdir(tmp_path/'out')) == ['clips.csv', 'run.json', 'scores.csv']
@@ -92,7 +92,7 @@ def test_command_helps():
 
 
 def test_command_is_installed():
-    assert 'egmi-evaluate=egmi.folders:main' in (ROOT/'settings.ini').read_text().split()
+    assert 'egmi-evaluate=egmi.evaluation.folders:main' in (ROOT/'settings.ini').read_text().split()
 
 
 def test_command_ends_in_one_line_and_writes_nothing(folders, tmp_path):
@@ -185,9 +185,9 @@ def test_a_killed_run_goes_on(folders, heard, monkeypatch):
 
     options = dict(listeners=get_preset('mini').listeners, batch_size=5, progress=False)
     references, generated = read_pairs(*folders, progress=False)
-    monkeypatch.setattr(egmi.folders, 'hear_batch', killed)
+    monkeypatch.setattr(egmi.evaluation.folders, 'hear_batch', killed)
     with pytest.raises(KeyboardInterrupt): egmi.evaluation.folders.embed_sounds(references, **options)
-    monkeypatch.setattr(egmi.folders, 'hear_batch', kept)
+    monkeypatch.setattr(egmi.evaluation.folders, 'hear_batch', kept)
     assert heard == dict(judge=5)
     egmi.evaluation.folders.embed_sounds(references, **options)
     assert heard == dict(judge=8)
@@ -204,7 +204,7 @@ def test_a_copy_is_heard_once_and_counted(folders, heard, tmp_path):
 
 
 def test_writing_is_whole_or_not_at_all(tmp_path, monkeypatch):
-    monkeypatch.setattr(egmi.folders, 'wav_bytes', lambda wave, rate: (_ for _ in ()).throw(OSError('disk full')) if wave[0] else b'whole')
+    monkeypatch.setattr(egmi.evaluation.folders, 'wav_bytes', lambda wave, rate: (_ for _ in ()).throw(OSError('disk full')) if wave[0] else b'whole')
     with pytest.raises(OSError): write_sounds(tmp_path/'made', ['a', 'b'], np.array([[0.], [1.]]), RATE)
     assert os.listdir(tmp_path/'made') == ['a.wav']
 

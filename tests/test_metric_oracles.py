@@ -24,7 +24,7 @@ import egmi.metrics as metrics
 from egmi.metrics import (DECIBELS, KL_EPSILON, cosine_similarity, frechet_distance, frechet_infinity, inception_score,
                           kernel_distance, kl_divergence, kl_of_pairs, mel_cepstra, mel_cepstral_distortion,
                           precision_recall, warped_mean)
-from egmi.evaluation.statistics import holm, paired_bootstrap, permutation_test
+from egmi.evaluation.statistics import adjust_p_values, paired_bootstrap, permutation_test
 
 with contextlib.redirect_stdout(io.StringIO()): from dtw import dtw
 
@@ -206,7 +206,7 @@ def test_unscaled_distortion_equals_mel_cepstral_distance(monkeypatch):
 def test_holm_equals_statsmodels():
     multipletests = pytest.importorskip('statsmodels.stats.multitest').multipletests
     rng = np.random.default_rng(10)
-    for n in (1, 2, 17): close(holm(p := rng.uniform(size=n)**3), multipletests(p, method='holm')[1])
+    for n in (1, 2, 17): close(adjust_p_values(p := rng.uniform(size=n)**3), multipletests(p, method='holm')[1])
 
 
 # Properties
@@ -286,7 +286,7 @@ def test_comparisons(seed, clips, runs):
     if clips <= 9:
         assert permutation_test(a, b, n=600) == permutation_test(b, a, n=600) == permutation_test(a[:, ::-1], b[:, ::-1], n=600)
     p = np.random.default_rng(seed).uniform(size=clips)
-    assert (holm(p) >= p).all() and (holm(p)[::-1] == holm(p[::-1])).all()
+    assert (adjust_p_values(p) >= p).all() and (adjust_p_values(p)[::-1] == adjust_p_values(p[::-1])).all()
 
 
 # Bad input

@@ -168,7 +168,7 @@ def hub():
 
 DOWNLOAD = '''
 import hashlib, sys
-import egmi.sources
+import egmi.frozen.weights
 from dataclasses import replace
 def here(s):
     body = f'\\x80 this is {s.id}'.encode('latin-1')

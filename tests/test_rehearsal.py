@@ -94,7 +94,7 @@ def test_weights_lie_where_egmi_weights_says(finished, cache):
     files = ('vicuna-7b-v0', 'imagebind_huge.pth', 'Cnn14_16k_mAP=0.438.pth', 'vggish-10086976.pth')
     assert names == {f'weights/{name}' for name in files} | {f'hub/models--{name.replace("/", "--")}' for name in repositories}
     assert all((root/'weights'/name).is_file() for name in files[1:])
-    process = subprocess.run([sys.executable, '-m', 'egmi.sources', 'paper'], cwd=cache, capture_output=True, text=True,
+    process = subprocess.run([sys.executable, '-m', 'egmi.frozen.weights', 'paper'], cwd=cache, capture_output=True, text=True,
                              env=environment(cache, EGMI_WEIGHTS=f'{root}/weights', HF_HUB_CACHE=f'{root}/hub'))
     rows = [line for line in process.stdout.splitlines() if str(root) in line]
     assert len([line for line in rows if line.rstrip().endswith('present')]) == 6  # the three files have other sizes than published

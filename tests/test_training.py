@@ -13,8 +13,8 @@ from egmi.base.config import WEIGHTS
 
 
 def trainer(name, cache, *flags, **options):
-    "A running `python -m egmi.mini.NAME`."
-    command = [sys.executable, '-m', f'egmi.mini.{name}', '--device', 'cpu', *flags, *(str(word) for k, v in options.items() for word in (f'--{k}', v))]
+    "A running `python -m egmi.small.NAME`."
+    command = [sys.executable, '-m', f'egmi.small.{name}', '--device', 'cpu', *flags, *(str(word) for k, v in options.items() for word in (f'--{k}', v))]
     return subprocess.Popen(command, env=environment(cache, OMP_NUM_THREADS='1'), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import soundfile
 
 from .audio import LOWEST_RATE, as_channels, checked_rate, flaw, is_silent
-from .files import bad_file, listed, opened
+from .files import bad_file, list_files, opened
 
 # %% ../../nbs/base/07_audio_files.ipynb #f7b84c2f
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def list_sounds(
     folder
 )->list: # Path, in alphabetical order
     "The sounds of a folder and its subfolders"
-    paths = listed(Path(folder), '**/*')
+    paths = list_files(Path(folder), '**/*')
     sounds = [path for path in paths if path.suffix.lower() in SOUNDS]
     unread = [path for path in paths if path.suffix.lower() in UNREAD]
     read = {path.with_suffix('') for path in sounds}

@@ -21,7 +21,7 @@ import pandas as pd
 from PIL import Image
 
 from ..base.audio_files import audio_info, check_audio, read_audio
-from ..base.files import ADVICE, explain_mismatch, listed, plain_spelling
+from ..base.files import ADVICE, explain_mismatch, list_files, plain_spelling
 from ..base.images import check_image, read_image
 
 # %% ../../nbs/data/01_examples.ipynb #b087d815
@@ -149,7 +149,7 @@ def explain_missing(
     if root is None: return ''
     used = {f for e in examples for f in paths_of(e)}
     wanted = {plain_spelling(f.name) for f in missing}
-    there = [p for depth in ('*', '*/*', '*/*/*') for p in listed(root, depth) if p not in used]
+    there = [p for depth in ('*', '*/*', '*/*/*') for p in list_files(root, depth) if p not in used]
     spare = [p for p in there if p.suffix.lower() not in TABLES
              and (p.parent == missing[0].parent or plain_spelling(p.name) in wanted)]
     sides = [[p.relative_to(root).as_posix() for p in files if root in p.parents] for files in (missing, spare)]

@@ -13,7 +13,7 @@ import os
 import warnings
 
 from ..base.audio_files import SOUNDS, UNREAD, read_audio
-from ..base.files import explain_mismatch, listed
+from ..base.files import explain_mismatch, list_files
 from ..base.images import IMAGES, read_image
 from .examples import broken, captioned, is_blank, keep_good, problem_with
 from .tables import csv_rows, jsonl_rows, read_text
@@ -26,7 +26,7 @@ def by_stem(
 )->dict:            # stem -> its files
     "The files of some kinds, found by name without suffix"
     groups = defaultdict(list)
-    for path in listed(folder, pattern):
+    for path in list_files(folder, pattern):
         if path.suffix.lower() in suffixes: groups[path.stem].append(path)
     return dict(groups)
 
@@ -68,7 +68,7 @@ def read_rows(
     folder:Path
 )->list:        # dict with image, caption and perhaps audio, or what is wrong with a row
     "The captions of a folder, from whichever of the three forms it has"
-    tables = [p for p in listed(folder) if p.name.lower() in ('captions.csv', 'captions.jsonl')]
+    tables = [p for p in list_files(folder) if p.name.lower() in ('captions.csv', 'captions.jsonl')]
     needed = ['image', 'caption']
     if not tables: rows = text_rows(folder)
     else:

@@ -15,8 +15,8 @@ import torch
 
 from ..base.config import CACHE, Preset, component_path, folder_from, pick_dtype
 from ..frozen.weights import Source, check_space, fault, names_of, sources_of
-from ..mapper import MapperConfig, n_parameters
-from ..model import trained
+from ..mapper import MapperConfig, count_parameters
+from ..model import find_trained
 from ..training import BASELINES, MAPPERS
 
 # %% ../../nbs/evaluation/06_checks.ipynb #0f6a3c71
@@ -83,7 +83,7 @@ def bytes_written(
 )->int:
     "Disk space that an experiment takes, at most"
     config = MapperConfig(**preset.mapper)
-    with torch.device('meta'): sizes = [n_parameters(kind(config)) for kind in (MAPPERS | BASELINES).values()]
+    with torch.device('meta'): sizes = [count_parameters(kind(config)) for kind in (MAPPERS | BASELINES).values()]
     sound_bytes = 4 * round(16_000 * preset.seconds)
     samples = pictures * preset.picture_bytes + sounds * sound_bytes
     return 12 * mappers * max(sizes) + captions * preset.target_bytes + samples
@@ -127,7 +127,7 @@ def check_run(
     checks = [partial(check_weights, s) for s in sources]
     checks += [partial(component_path, name) for name in names_of(preset, parts)] # hashes of our own weights
     checks += [partial(check_data, preset, name, folder, corpus) for name, (folder, corpus) in data.items()]
-    if mapper is not None: checks.append(partial(trained, mapper or preset.name, wanted=preset.name))
+    if mapper is not None: checks.append(partial(find_trained, mapper or preset.name, wanted=preset.name))
     checks += [partial(check_space, folder_from('EGMI_CACHE', CACHE), written, 'intermediate results'),
                partial(check_memory, bytes_held(preset, sources, device), device)]
     run_checks([*checks, *more])

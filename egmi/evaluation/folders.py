@@ -39,7 +39,7 @@ from egmi.base.files import (
 from ..data.examples import caption_problem, tally
 from ..data.tables import read_csv
 from .checks import require_weights
-from .experiment import check_writable, provenance, timed, work_folder
+from .experiment import check_writable, provenance, time_stage, work_folder
 from .judge import Judge, read, sound_tensor
 from .metrics import (
     KL_EPSILON, cosine_similarity, frechet_distance, inception_score, kernel_distance, kl_of_pairs,
@@ -411,14 +411,14 @@ def main(
     device:str='auto',      # cpu, cuda...
 ):
     """Score a folder of generated sounds against a folder of recorded ones. Nothing is generated here: write what your system
-    makes of each caption to ID.wav, with any tool, or with egmi.folders.write_sounds(folder, ids, EGMI.generate(...).audio, sample_rate).
+    makes of each caption to ID.wav, with any tool, or with egmi.evaluation.folders.write_sounds(folder, ids, EGMI.generate(...).audio, sample_rate).
     A run that was killed goes on where it was."""
     seconds, config = {}, dict(reference=reference, generated=generated, captions=captions, preset=preset, resampler=resampler, mcd=mcd, device=device)
     try:
         for name, value in dict(captions=captions, out=out).items():
             if value == '': raise ValueError(f'--{name} is empty: give a path or leave it out')
         folder = check_writable(out, '--out DIR') if out else None
-        with timed(seconds, 'score'): row, clips = score_sounds(preset, reference, generated, captions and read_captions(captions), device, resampler, mcd)
+        with time_stage(seconds, 'score'): row, clips = score_sounds(preset, reference, generated, captions and read_captions(captions), device, resampler, mcd)
     except (ValueError, OSError) as e: raise SystemExit(f'egmi-evaluate: {e}')
     if folder:
         write_table(folder/'scores.csv', pd.DataFrame([row]))

@@ -16,13 +16,13 @@ from ..base.config import Preset, component_path
 from ..base.fitting import in_batches
 from .encoders import Clap, OpenClip, TransformersClip
 from .experiment import made_once
-from .judge import Judge, picture_tensor, read, right, sound_tensor
+from .judge import Judge, picture_tensor, read, correct_factors, sound_tensor
 from .metrics import (
     cosine_similarity, frechet_distance, inception_score, mel_cepstral_distortion)
 from ..frozen.audioldm import AudioLDM
 from ..frozen.diffusion import StableDiffusion, generators_for
 from ..toybox.scenes import labels
-from ..training import Targets
+from ..training import Conditions
 
 # %% ../../nbs/evaluation/08_scoring.ipynb #61b29881
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Samples:
     sample_rate: int   # Hz
 
 def generate_samples(
-    conditions:Targets,               # N rows
+    conditions:Conditions,               # N rows
     stable_diffusion:StableDiffusion,
     audioldm:AudioLDM,
     preset:Preset,                    # gives guidance scales and length
@@ -45,12 +45,12 @@ def generate_samples(
     progress:bool=True                # show bars
 )->Samples:
     "A picture and a sound for each row of conditions"
-    if conditions.clip_NLC is None: raise ValueError('these conditions have no image half, as those of a GILL-style mapper: no pictures can be made of them')
+    if conditions.image is None: raise ValueError('these conditions have no image half, as those of a GILL-style mapper: no pictures can be made of them')
     def make(part):
         wanted, noise = conditions[part.start:part.stop], lambda rows: generators_for(seed + i for i in part[rows])
         options = lambda scale: dict(steps=steps, guidance_scale=scale, batch_size=batch_size, progress=False)
-        draw = lambda rows: np.stack(stable_diffusion.generate(wanted.clip_NLC[rows], noise(rows), **options(preset.guidance_image)))
-        play = lambda rows: audioldm.generate(wanted.clap_NC[rows], preset.seconds, noise(rows), **options(preset.guidance_audio))
+        draw = lambda rows: np.stack(stable_diffusion.generate(wanted.image[rows], noise(rows), **options(preset.guidance_image)))
+        play = lambda rows: audioldm.generate(wanted.audio[rows], preset.seconds, noise(rows), **options(preset.guidance_audio))
         images, audio = (np.concatenate(in_batches(f, len(part), batch_size, f'{name} {part.start}-{part.stop}', progress)) for f, name in ((draw, 'pictures'), (play, 'sounds')))
         return dict(images=images, audio=audio, sample_rate=audioldm.vocoder.config.sampling_rate)
     require_positive(part_size=part_size)
@@ -117,7 +117,7 @@ def judge_columns(
     for sense, word in dict(picture='image', sound='audio').items():
         judge = scorer.judges[sense]
         f_ND, logits = read(judge, ours[sense])
-        columns |= {f'{name}_{word}': hits.astype(float) for name, hits in right(logits, labels_NF).items()}
+        columns |= {f'{name}_{word}': hits.astype(float) for name, hits in correct_factors(logits, labels_NF).items()}
         columns[f'fd_{word}'] = frechet_distance(scene_features(judge, sense, tuple(examples)), f_ND)
         columns[f'is_{word}'] = inception_score(logits['object'], splits=1)[0]
     return columns
@@ -152,7 +152,7 @@ def edit_scores(
     columns = dict(mcd=np.array([mel_cepstral_distortion(p.target.audio, sound, sample_rate) for p, sound in zip(pairs, sounds)]),
                    clap=clap_similarity(scorer, sounds, sample_rate, [p.target.caption for p in pairs]))
     if scorer.judges:
-        hits = right(read(scorer.judges['sound'], sound_tensor(sounds))[1], [labels(p.target.factors) for p in pairs])
+        hits = correct_factors(read(scorer.judges['sound'], sound_tensor(sounds))[1], [labels(p.target.factors) for p in pairs])
         columns['changed'] = np.array([hits[p.changed][i] for i, p in enumerate(pairs)], dtype=float)
         columns['kept'] = np.array([np.mean([hits[f][i] for f in hits if f != p.changed]) for i, p in enumerate(pairs)])
     return columns

@@ -24,7 +24,7 @@ from .corpus import log_mels, render_corpus
 from .publishing import Making, publish
 from .stable_diffusion import drop_some, encode_all, train_unet, train_vae
 from ..toybox.factors import FACTOR_VALUES, PLACES
-from ..toybox.sounds import normalise, surround
+from ..toybox.sounds import normalise, add_ambience
 
 # %% ../../nbs/small/08_audioldm.ipynb #5a9b76ca
 def sound_vae()->AutoencoderKL:
@@ -121,7 +121,7 @@ def elsewhere(
     rng, place_N = np.random.default_rng(seed), torch.tensor(labels_NF[:, list(FACTOR_VALUES).index('place')])
     means_PC = torch.stack([clap_NC[place_N == p].mean(0) for p in range(len(PLACES))])
     row_M, place_M = rng.integers(len(waves_NT), size=n), rng.integers(len(PLACES), size=n)
-    there_MT = [abs(waves_NT[i]).max() * normalise(surround(waves_NT[i].astype(float), PLACES[p], -27, -18, rng)) for i, p in zip(row_M, place_M)]
+    there_MT = [abs(waves_NT[i]).max() * normalise(add_ambience(waves_NT[i].astype(float), PLACES[p], -27, -18, rng)) for i, p in zip(row_M, place_M)]
     return log_mels([x_T.astype(np.int16) for x_T in there_MT]), nn.functional.normalize(clap_NC[row_M] + means_PC[place_M] - means_PC[place_N[row_M]], dim=-1)
 
 # %% ../../nbs/small/08_audioldm.ipynb #55dde92e

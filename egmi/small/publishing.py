@@ -78,7 +78,7 @@ def record(making:Making)->dict: # part -> its history
     "How each part was made: command, steps, seconds, code, hardware"
     given = zip(sys.argv, sys.argv[1:])
     options = [word for before, word in given if before != '--root' and not word.startswith('--root')]
-    command = ' '.join(['python -m', f'egmi.mini.{Path(sys.argv[0]).stem}', *options])
+    command = ' '.join(['python -m', f'egmi.small.{Path(sys.argv[0]).stem}', *options])
     where = dict(command=command, code=code_version(), hardware=hardware(), torch=torch.__version__, python=platform.python_version(), date=time.strftime('%Y-%m-%d'))
     return {part: dict(steps=len(losses), seconds=making.seconds[part], final_loss=round(sum(losses[-50:]) / len(losses[-50:]), 5), **where)
             for part, losses in making.losses.items()}

@@ -43,7 +43,7 @@ from ..evaluation.networks import Cnn14, VGGish
 from ..frozen.imagebind import ImageBind, ImageBindConfig, TowerConfig
 from ..frozen.lora import delta_shapes
 from ..frozen.weights import check_space, sources_of
-from ..mapper import EGMIMapper, MapperConfig, n_parameters
+from ..mapper import EGMIMapper, MapperConfig, count_parameters
 from ..model import save_conditioner
 from .clap import roberta_tokenizer
 from .clip import clip_tokenizer, with_prefixes
@@ -240,7 +240,7 @@ def write_vggish(scale:Scale, path:Path, device='cpu', seed:int=0):
 # %% ../../nbs/small/10_rehearsal.ipynb #50e2a665
 def count(scale:Scale, name:str)->int: # parameters
     "The size of a model, without the memory for it"
-    return n_parameters(draw(scale, name, 'meta'))
+    return count_parameters(draw(scale, name, 'meta'))
 
 def bytes_needed(scale:Scale)->int:
     "Disk space for all files: two bytes a parameter, and 100 MB for the LoRA and the vocabularies"

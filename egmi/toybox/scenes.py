@@ -21,7 +21,7 @@ from .sounds import SAMPLE_RATE, render_sound
 @dataclass(frozen=True)
 class Scene:
     "One Toybox scene: picture, caption and sound of the same factors"
-    split:str       # one of `egmi.mini.factors.SPLITS`
+    split:str       # one of `egmi.small.factors.SPLITS`
     index:int       # number of the scene in its split, from 0
     seed:int        # number of the world
     latents:Factors # what is drawn, described and synthesised
@@ -30,7 +30,7 @@ class Scene:
 
     def stream(
         self,
-        name:str # one of `egmi.mini.factors.STREAMS`
+        name:str # one of `egmi.small.factors.STREAMS`
     )->np.random.Generator:
         "A new random stream for one part of the scene"
         streams = random_streams(self.split, self.index, self.seed)
@@ -64,7 +64,7 @@ class Scene:
 
 # %% ../../nbs/toybox/04_scenes.ipynb #297202d3
 def scene(
-    split:str,  # one of `egmi.mini.factors.SPLITS`
+    split:str,  # one of `egmi.small.factors.SPLITS`
     index:int,  # number of the scene in its split, from 0
     seed:int=0  # another seed is another, independent world
 )->Scene:       # .image (64x64 RGB), .caption, .audio ([40960] float32), .sample_rate (Hz), .factors (dict)
@@ -91,7 +91,7 @@ INSTRUCTIONS = dict(
 
 # %% ../../nbs/toybox/04_scenes.ipynb #4fe81b3d
 def editing_pair(
-    split:str,  # one of `egmi.mini.factors.SPLITS`
+    split:str,  # one of `egmi.small.factors.SPLITS`
     index:int,  # number of the pair
     seed:int=0  # another seed is another world
 )->EditingPair:

@@ -6,7 +6,7 @@
 __all__ = ['SAMPLE_RATE', 'N_SAMPLES', 'EVENTS', 'CLIP_T', 'AMBIENCES', 'N_ECHO', 'ECHO_T', 'timeline', 'curve', 'wander',
            'phase', 'noise', 'column', 'ring', 'voice', 'string', 'normalise', 'bell', 'drum', 'clock', 'guitar',
            'whistle', 'train', 'siren', 'bird', 'bee', 'frog', 'dog', 'cat', 'room', 'meadow', 'beach', 'street',
-           'rain', 'lay_out', 'loudness', 'surround', 'render_sound']
+           'rain', 'place_events', 'loudness', 'add_ambience', 'render_sound']
 
 # %% ../../nbs/toybox/03_sounds.ipynb #af2cf07c
 import numpy as np
@@ -383,7 +383,7 @@ ECHO_T = .02 * np.exp(-CLIP_T[:N_ECHO] / .06)
 ECHO_T = ECHO_T * noise(N_ECHO, 200, 3500, np.random.default_rng(0))
 
 # %% ../../nbs/toybox/03_sounds.ipynb #12d12bcd
-def lay_out(
+def place_events(
     events:list,             # [T] waveforms of any length
     rng:np.random.Generator  # stream for onsets and loudness
 )->np.ndarray:               # [N_SAMPLES] the clip, at most 1
@@ -411,7 +411,7 @@ def loudness(
     return (np.square(power_T).mean() / power_T.mean())**.5
 
 # %% ../../nbs/toybox/03_sounds.ipynb #328de226
-def surround(
+def add_ambience(
     clip_T:np.ndarray,       # [N_SAMPLES] a clip
     place:str,               # one of `PLACES`
     low:float,               # lowest level of the ambience, relative to the clip, dB
@@ -439,7 +439,7 @@ def render_sound(
     for _ in range(factors.count):
         ratio = 2**(octaves + rng.uniform(-.03, .03))
         events.append(recipe(ratio, rng))
-    clip_T = lay_out(events, rng)
-    clip_T = surround(clip_T, factors.place, -30, -24, rng)
+    clip_T = place_events(events, rng)
+    clip_T = add_ambience(clip_T, factors.place, -30, -24, rng)
     peak = rng.uniform(.5, .9)
     return (peak * normalise(clip_T)).astype(np.float32)
