@@ -12,8 +12,8 @@ from PIL import Image
 
 from conftest import NOTEBOOK, ROOT, check_cells, environment, last_line, papermill
 
-import egmi.config
-import egmi.pandagpt
+import egmi.base.config
+import egmi.frozen.llm
 from egmi.base.config import component_path, pick_device
 from egmi.data.folders import load_folder
 from egmi.model import EGMI
@@ -112,7 +112,7 @@ def test_llm_missing(network, tmp_path):
 
 def test_llm_comes_from_the_hub_when_the_package_is_missing(monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr(egmi.pandagpt, 'find_gguf', lambda: None)
+    monkeypatch.setattr(egmi.frozen.llm, 'find_gguf', lambda: None)
     monkeypatch.setattr('huggingface_hub.snapshot_download', lambda repo, **options: asked.append(repo) or tmp_path)
     assert egmi.frozen.llm.smollm2_path() == tmp_path and asked == ['HuggingFaceTB/SmolLM2-135M-Instruct']
 
@@ -133,7 +133,7 @@ def weights(monkeypatch, tmp_path):
     "A copy of the small CLIP and the manifest, in the place of the package's weights."
     shutil.copytree(egmi.base.config.WEIGHTS/'clip', tmp_path/'weights/clip')
     shutil.copy(egmi.base.config.WEIGHTS/'manifest.json', tmp_path/'weights')
-    monkeypatch.setattr(egmi.config, 'WEIGHTS', tmp_path/'weights')
+    monkeypatch.setattr(egmi.base.config, 'WEIGHTS', tmp_path/'weights')
     return tmp_path/'weights'
 
 

@@ -11,7 +11,7 @@ import soundfile
 import torch
 from PIL import Image
 
-import egmi.images
+import egmi.base.images
 from egmi.base.config import component_path
 from egmi.data.corpora import load_audiocaps, load_coco, load_karpathy, load_vctk
 from egmi.data.folders import load_folder

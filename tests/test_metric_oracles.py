@@ -20,8 +20,8 @@ from torchaudio.functional import create_dct, melscale_fbanks
 from torchmetrics.image.fid import _compute_fid
 from torchmetrics.image.kid import maximum_mean_discrepancy, poly_mmd
 
-import egmi.metrics as metrics
-from egmi.metrics import (DECIBELS, KL_EPSILON, cosine_similarity, frechet_distance, frechet_infinity, inception_score,
+import egmi.evaluation.metrics as metrics
+from egmi.evaluation.metrics import (DECIBELS, KL_EPSILON, cosine_similarity, frechet_distance, frechet_infinity, inception_score,
                           kernel_distance, kl_divergence, kl_of_pairs, mel_cepstra, mel_cepstral_distortion,
                           precision_recall, warped_mean)
 from egmi.evaluation.statistics import adjust_p_values, paired_bootstrap, permutation_test

@@ -15,7 +15,7 @@ import torch
 
 from conftest import NOTEBOOK, environment
 
-import egmi.pandagpt
+import egmi.frozen.vicuna
 from egmi.base.config import component_path, get_preset
 from egmi.evaluation.scoring import Scorer
 from egmi.model import load_generators, load_panda
@@ -38,7 +38,7 @@ def written(tmp_path_factory):
 @pytest.fixture
 def user(written, tmp_path, monkeypatch):
     "The weights where a user's lie, in the default places, and a working folder that is none of them."
-    for variable in ('EGMI_WEIGHTS', 'HF_HUB_CACHE'): monkeypatch.delenv(variable, raising=False)
+    for variable in ('EGMI_WEIGHTS', 'HF_HUB_CACHE'): monkeypatch.delenv(variable)
     monkeypatch.setenv('EGMI_CACHE', str(tmp_path/'cache'))
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path/'hub'))
     (tmp_path/'cache').mkdir()
@@ -203,7 +203,7 @@ def test_download_goes_on_after_a_source_that_fails(hub, tmp_path):
 
 def test_merge_vicuna_hands_over_its_folders(monkeypatch):
     asked = []
-    monkeypatch.setattr(egmi.pandagpt, 'merge_vicuna', lambda *folders: asked.append(folders), raising=False)
+    monkeypatch.setattr(egmi.frozen.vicuna, 'merge_vicuna', lambda *folders: asked.append(folders))
     main('merge-vicuna', llama='a', delta='b', out='c')
     assert asked == [('a', 'b', 'c')]
 
