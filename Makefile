@@ -2,9 +2,10 @@ PYTHON ?= python3
 BIN    := .venv/bin
 STAMP  := .venv/.installed
 ARGS   ?=
+BASE   ?= main
 MODELS ?= judge clip clap imagebind stable_diffusion audioldm projection
 
-.PHONY: help install tour ablation text-to-audio audio-editing mini-models report mini-report test check lab readme
+.PHONY: help install tour ablation text-to-audio audio-editing mini-models report mini-report quick test check lab readme
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -58,6 +59,11 @@ mini-report: install  ## measure the small frozen models: model card in nbs/smal
 	$(BIN)/papermill nbs/small/report.ipynb runs/mini/report/report.ipynb $(ARGS) --no-progress-bar --stdout-file - --stderr-file -
 	$(if $(ARGS),,mv runs/mini/report/report.ipynb nbs/small/report.ipynb && $(BIN)/nbdev_clean --fname nbs/small/report.ipynb)
 
+quick: check  ## two minutes: check, the notebooks that differ from BASE (main), the tests that are not marked slow
+	@for notebook in $$({ git diff --name-only --diff-filter=d $(BASE) -- nbs; git ls-files -o --exclude-standard nbs; } | grep '[0-9]_[a-z_]*\.ipynb$$'); do \
+		$(BIN)/nbdev_test --n_workers 1 --do_print --path $$notebook || exit 1; done
+	$(BIN)/pytest -q -m 'not slow'
+
 test: check  ## everything a change must pass
 	PYTHONUNBUFFERED=1 $(BIN)/nbdev_test --n_workers 1 --do_print --timing
 	$(BIN)/pytest -q
@@ -65,12 +71,13 @@ test: check  ## everything a change must pass
 # Sums of all generated or cleaned files; equal sums before and after mean that nothing was left to clean, export or render.
 sums = find nbs egmi README.md \( -name '*.ipynb' -o -name '*.py' -o -name '*.md' \) ! -path '*/.ipynb_checkpoints/*' -exec cksum {} + | sort
 
-check: install  ## notebooks clean, package and README exported, no pyflakes warning
+check: install  ## notebooks clean, package and README exported, no warning of pyflakes or ruff
 	@before=$$($(sums)); \
 	$(BIN)/nbdev_clean && $(BIN)/nbdev_export && $(BIN)/python tools/readme.py || exit 1; \
 	changed=$$({ echo "$$before"; $(sums); } | sort | uniq -u | awk '{print $$3}' | sort -u); \
 	if [ -n "$$changed" ]; then echo "not cleaned or not exported, rewritten now, review and commit:" $$changed >&2; exit 1; fi
 	find egmi -name '*.py' ! -name _modidx.py -exec $(BIN)/pyflakes {} +
+	$(BIN)/ruff check -q nbs tests tools
 
 readme: install  ## render README.md from nbs/index.ipynb
 	$(BIN)/python tools/readme.py
