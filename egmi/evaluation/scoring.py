@@ -9,13 +9,13 @@ __all__ = ['SHORTEST_INPUT', 'NETWORKS', 'RESAMPLERS', 'SET_DISTANCES', 'JUDGES'
            'files_hash', 'name_networks', 'run_batch', 'read_outputs', 'run_network_on_files', 'run_on_files',
            'set_distances', 'inception_columns', 'clip_columns', 'clap_text_audio', 'factor_columns', 'Samples',
            'scene_outputs', 'judge_columns', 'score_samples', 'mean_scores', 'edit_factors', 'score_edits',
-           'generate_samples']
+           'generate_part', 'generate_samples']
 
 # %% ../../nbs/evaluation/08_scoring.ipynb #061664a1
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import gcd
 from pathlib import Path
 import hashlib
@@ -31,7 +31,6 @@ from ..base.audio_files import read_audio
 from ..base.checks import require_positive
 from ..base.config import Preset, component_path
 from ..base.files import file_hash, read_arrays, read_kept, replacing
-from ..base.fitting import in_batches
 from .encoders import load_clap, load_clip
 from .experiment import made_once, work_folder
 from .judge import Judge, correct_factors, picture_tensor, read, sound_tensor
@@ -422,29 +421,43 @@ def score_edits(
     return columns
 
 # %% ../../nbs/evaluation/08_scoring.ipynb #a8010020
-def generate_samples(
-    conditions:Conditions,  # N rows
+def generate_part(
+    conditions:Conditions, # N rows
     stable_diffusion:StableDiffusion,
     audioldm:AudioLDM,
-    preset:Preset,          # gives guidance scales and length
-    path:Path,              # start of the names of the .npz files to write, or to read if they are there
-    steps:int,              # denoising steps
-    batch_size:int=16,      # rows at once, fewer where memory runs out
-    seed:int=0,             # row i starts from noise seed + i, whatever the system
-    part_size:int=256,      # rows a file
-    progress:bool=True      # show bars
+    first_seed:int,        # noise of the first row
+    **options              # of both generators
+)->dict:                   # images, audio, sample_rate
+    "A picture and a sound for each row"
+    def noise():
+        return generators_for(first_seed + i for i in range(len(conditions)))
+
+    images = stable_diffusion.generate(conditions.image, noise(), **options)
+    audio = audioldm.generate(conditions.audio, generator=noise(), **options)
+    return dict(images=np.stack(images), audio=audio, sample_rate=audioldm.vocoder.config.sampling_rate)
+
+def generate_samples(
+    conditions:Conditions,      # N rows
+    stable_diffusion:StableDiffusion,
+    audioldm:AudioLDM,
+    path:Path,                  # start of the names of the .npz files to write, or to read if they are there
+    steps:int=None,             # denoising steps; None takes each generator's own
+    batch_size:int=16,          # rows at once, fewer where memory runs out
+    seed:int=0,                 # row i starts from noise seed + i, whatever the system
+    part_size:int=256,          # rows a file
+    progress:bool=True          # show bars
 )->Samples:
     "A picture and a sound for each row of conditions"
-    if conditions.image is None: raise ValueError('these conditions have no image half, as those of a GILL-style mapper: no pictures can be made of them')
-    def make(part):
-        wanted, noise = conditions[part.start:part.stop], lambda rows: generators_for(seed + i for i in part[rows])
-        options = lambda scale: dict(steps=steps, guidance_scale=scale, batch_size=batch_size, progress=False)
-        draw = lambda rows: np.stack(stable_diffusion.generate(wanted.image[rows], noise(rows), **options(preset.guidance_image)))
-        play = lambda rows: audioldm.generate(wanted.audio[rows], preset.seconds, noise(rows), **options(preset.guidance_audio))
-        images, audio = (np.concatenate(in_batches(f, len(part), batch_size, f'{name} {part.start}-{part.stop}', progress)) for f, name in ((draw, 'pictures'), (play, 'sounds')))
-        return dict(images=images, audio=audio, sample_rate=audioldm.vocoder.config.sampling_rate)
     require_positive(part_size=part_size)
-    rows = range(len(conditions))
-    parts = [rows[start:start + part_size] for start in rows[::part_size]]
-    saved = [made_once(f'{path}-{part.start}-{part.stop}.npz', lambda: make(part)) for part in parts]
-    return Samples(*(np.concatenate([s[name] for s in saved]) for name in ('images', 'audio')), int(saved[0]['sample_rate']))
+    if conditions.image is None:
+        raise ValueError('these conditions have no image half, as those of a GILL-style mapper: '
+                         'no pictures can be made of them')
+    saved = []
+    for start in range(0, len(conditions), part_size):
+        stop = min(start + part_size, len(conditions))
+        make = partial(
+            generate_part, conditions[start:stop], stable_diffusion, audioldm, seed + start,
+            steps=steps, batch_size=batch_size, progress=progress)
+        saved.append(made_once(f'{path}-{start}-{stop}.npz', make))
+    images, audio = (np.concatenate([part[name] for part in saved]) for name in ('images', 'audio'))
+    return Samples(images, audio, int(saved[0]['sample_rate']))
