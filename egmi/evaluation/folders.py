@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SURROGATE', 'id_flaw', 'checked_ids', 'as_list', 'write_sounds', 'find_sounds', 'require_all', 'checked_captions',
-           'check_names', 'Sound', 'read_sound', 'read_pairs', 'distortion', 'clip_table', 'count_flaws',
-           'add_pair_scores', 'score_sounds', 'read_captions', 'write_scores', 'print_scores', 'main']
+           'check_names', 'Sound', 'read_sound', 'read_pairs', 'distortion', 'clip_table', 'count_flaws', 'distortions',
+           'score_row', 'score_sounds', 'read_captions', 'write_scores', 'print_scores', 'main']
 
 # %% ../../nbs/evaluation/09_folders.ipynb #cb811465
 from collections.abc import Iterable, Mapping
@@ -264,21 +264,33 @@ def count_flaws(
         resampled=sum(s.sample_rate != RATE for s in both))
 
 # %% ../../nbs/evaluation/09_folders.ipynb #a9010003
-def add_pair_scores(
-    clips:pd.DataFrame,  # from `clip_table`, changed in place
-    references:list,     # N of `Sound`
-    generated:list,      # N of `Sound`
-    mcd:bool,            # compare each pair by mel cepstral distortion
+def distortions(
+    references:list, # N of `Sound`
+    generated:list,  # N of `Sound`
     resampler:str,
     progress:bool
-):
-    "The column `mcd_audio`, if it is asked for"
-    if not mcd:
-        return
+)->list[float]:      # N, dB
+    "Mel cepstral distortion of each pair"
     values = []
     for pair in zip(references, tqdm(generated, desc='MCD', mininterval=2, disable=not progress)):
         values.append(distortion(*pair, resampler))
-    clips['mcd_audio'] = values
+    return values
+
+def score_row(
+    references:list,    # N of `Sound`
+    generated:list,     # N of `Sound`
+    reference:dict,     # part -> outputs of networks for the references
+    outputs:dict,       # part -> outputs of networks for the generated sounds
+    clips:pd.DataFrame  # a row for each generated sound
+)->dict:                # column -> score
+    "Scores of the sets, means of the pairs, and counts of flaws"
+    row = tally(generated)
+    row |= set_distances(reference, outputs, 'audio')
+    row |= inception_columns(outputs, 'audio')
+    for column in ('kl_audio', 'clap_text_audio', 'mcd_audio'):
+        if column in clips:
+            row[column] = float(clips[column].mean(skipna=False))
+    return row | count_flaws(references, generated)
 
 # %% ../../nbs/evaluation/09_folders.ipynb #77c9ec40
 def score_sounds(
@@ -292,28 +304,34 @@ def score_sounds(
     progress:bool=True       # show bars
 )->tuple[dict, pd.DataFrame]:# one row for the table of systems; one row per clip
     "Score a folder of generated sounds against a folder of recorded ones"
-    preset, device = get_preset(preset) if isinstance(preset, str) else preset, pick_device(device)
+    if isinstance(preset, str):
+        preset = get_preset(preset)
+    device = pick_device(device)
     if resampler not in RESAMPLERS:
         raise ValueError(f'unknown resampler {resampler!r}: choose one of {", ".join(RESAMPLERS)}')
-    sources, parts = preset.listeners, ['listeners']
+    classifiers = preset.listeners
+    sources = dict(classifiers)
+    needed = ['listeners']
     if captions is not None:
         captions = checked_captions(captions)
-        sources, parts = sources | dict(clap=preset.clap), [*parts, 'clap']
-    require_weights(preset, parts)
+        sources['clap'] = preset.clap
+        needed.append('clap')
+    require_weights(preset, needed)
     references, generated = read_pairs(reference_dir, generated_dir, captions, SHORTEST_INPUT, progress)
     run = partial(run_on_files, resampler=resampler, device=device, progress=progress)
-    reference, outputs = run(references, preset.listeners), run(generated, sources)
+    reference = run(references, classifiers)
+    outputs = run(generated, sources)
     clips = clip_table(references, generated, reference, outputs)
     if captions is not None:
         clap = load_network('clap', weights_path(preset.clap), device)
-        clips['clap_text_audio'] = clap_text_audio(clap, outputs['embedding'], [captions[id] for id in clips.id])
-    add_pair_scores(clips, references, generated, mcd, resampler, progress)
-    row = tally(generated) | set_distances(reference, outputs, 'audio') | inception_columns(outputs, 'audio')
-    means = [c for c in ('kl_audio', 'clap_text_audio', 'mcd_audio') if c in clips]
-    row |= {c: float(clips[c].mean(skipna=False)) for c in means}
-    row |= count_flaws(references, generated)
-    return row | dict(resampler=resampler, preset=preset.name, classifier=', '.join(preset.listeners),
-                      networks=name_networks(sources)), clips
+        texts = [captions[id] for id in clips.id]
+        clips['clap_text_audio'] = clap_text_audio(clap, outputs['embedding'], texts)
+    if mcd:
+        clips['mcd_audio'] = distortions(references, generated, resampler, progress)
+    row = score_row(references, generated, reference, outputs, clips)
+    row |= dict(resampler=resampler, preset=preset.name)
+    row |= dict(classifier=', '.join(classifiers), networks=name_networks(sources))
+    return row, clips
 
 # %% ../../nbs/evaluation/09_folders.ipynb #62519aee
 def read_captions(
@@ -364,8 +382,10 @@ def main(
     Nothing is generated here: write what your system makes of each caption to ID.wav, with any tool, or with
     egmi.evaluation.folders.write_sounds(folder, ids, EGMI.generate(...).audio, sample_rate).
     A run that was killed goes on where it was."""
-    config = dict(reference=reference, generated=generated, captions=captions, preset=preset, resampler=resampler, mcd=mcd, device=device)
     seconds = {}
+    config = dict(
+        reference=reference, generated=generated, captions=captions, preset=preset, resampler=resampler,
+        mcd=mcd, device=device)
     try:
         for name, value in dict(captions=captions, out=out).items():
             if value == '':
