@@ -12,10 +12,11 @@ from functools import cached_property
 import numpy as np
 from PIL import Image
 
+from ..base.audio import SAMPLE_RATE
 from .factors import (
     FACTOR_VALUES, Factors, WORDS, caption, is_held_out, pick, random_streams, sample_factors)
 from .pictures import draw_picture
-from .sounds import SAMPLE_RATE, render_sound
+from .sounds import render_sound
 
 # %% ../../nbs/toybox/04_scenes.ipynb #1de92f0f
 @dataclass(frozen=True)
