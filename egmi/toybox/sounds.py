@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['N_SAMPLES', 'EVENTS', 'CLIP_T', 'AMBIENCES', 'N_ECHO', 'ECHO_T', 'timeline', 'curve', 'wander', 'phase', 'noise',
-           'column', 'ring', 'voice', 'string', 'normalise', 'bell', 'drum', 'clock', 'guitar', 'whistle', 'train',
-           'siren', 'bird', 'bee', 'frog', 'dog', 'cat', 'room', 'meadow', 'beach', 'street', 'rain', 'place_events',
+           'column', 'ring', 'voice', 'string', 'normalise', 'sound_bell', 'sound_drum', 'sound_clock', 'sound_guitar',
+           'sound_whistle', 'sound_train', 'sound_siren', 'sound_bird', 'sound_bee', 'sound_frog', 'sound_dog',
+           'sound_cat', 'sound_room', 'sound_meadow', 'sound_beach', 'sound_street', 'sound_rain', 'place_events',
            'loudness', 'add_ambience', 'render_sound']
 
 # %% ../../nbs/toybox/03_sounds.ipynb #af2cf07c
@@ -133,7 +134,7 @@ def normalise(
     return audio_T / abs(audio_T).max()
 
 # %% ../../nbs/toybox/03_sounds.ipynb #2da8e505
-def bell(ratio:float, rng:np.random.Generator)->np.ndarray:
+def sound_bell(ratio:float, rng:np.random.Generator)->np.ndarray:
     "One strike, ringing on"
     t_T = timeline(1.3)
     modes = np.array([.5, 1, 1.19, 1.5, 2, 2.52, 3.01, 4.1, 5.4])
@@ -147,7 +148,7 @@ def bell(ratio:float, rng:np.random.Generator)->np.ndarray:
     return metal_T + .8 * strike_T * np.exp(-t_T / .004)
 
 # %% ../../nbs/toybox/03_sounds.ipynb #507def64
-def drum(ratio:float, rng:np.random.Generator)->np.ndarray:
+def sound_drum(ratio:float, rng:np.random.Generator)->np.ndarray:
     "One hit"
     t_T = timeline(.5)
     pitch = 125 * ratio
@@ -161,7 +162,7 @@ def drum(ratio:float, rng:np.random.Generator)->np.ndarray:
     return boom_T + .5 * skin_T + rng.uniform(.2, .3) * stick_T
 
 # %% ../../nbs/toybox/03_sounds.ipynb #386935f2
-def clock(ratio:float, rng:np.random.Generator)->np.ndarray:
+def sound_clock(ratio:float, rng:np.random.Generator)->np.ndarray:
     "One tick-tock"
     t_T = timeline(.45)
     half = int(rng.uniform(.2, .23) * SAMPLE_RATE)
@@ -179,7 +180,7 @@ def clock(ratio:float, rng:np.random.Generator)->np.ndarray:
     return tick_T
 
 # %% ../../nbs/toybox/03_sounds.ipynb #7e4254ea
-def guitar(ratio:float, rng:np.random.Generator)->np.ndarray:
+def sound_guitar(ratio:float, rng:np.random.Generator)->np.ndarray:
     "One strummed chord"
     t_T = timeline(.96)
     delay = int(rng.uniform(.015, .03) * SAMPLE_RATE)
@@ -193,7 +194,7 @@ def guitar(ratio:float, rng:np.random.Generator)->np.ndarray:
     return chord_T
 
 # %% ../../nbs/toybox/03_sounds.ipynb #53ff4cdc
-def whistle(ratio:float, rng:np.random.Generator)->np.ndarray:
+def sound_whistle(ratio:float, rng:np.random.Generator)->np.ndarray:
     "One blow"
     t_T = timeline(rng.uniform(.45, .58))
     pitch = 2500 * ratio
@@ -206,7 +207,7 @@ def whistle(ratio:float, rng:np.random.Generator)->np.ndarray:
     return envelope_T * (.65 + .35 * pea_T) * (tone_T + .15 * breath_T)
 
 # %% ../../nbs/toybox/03_sounds.ipynb #f76436a6
-def train(ratio:float, rng:np.random.Generator)->np.ndarray:
+def sound_train(ratio:float, rng:np.random.Generator)->np.ndarray:
     "One hoot"
     t_T = timeline(rng.uniform(.52, .6))
     pressure_T = curve(t_T, {0: .93, .15: 1, .85: 1, 1: .95})
@@ -223,7 +224,7 @@ def train(ratio:float, rng:np.random.Generator)->np.ndarray:
     return envelope_T * (hoot_T + .25 * steam_T)
 
 # %% ../../nbs/toybox/03_sounds.ipynb #388ae265
-def siren(ratio:float, rng:np.random.Generator)->np.ndarray:
+def sound_siren(ratio:float, rng:np.random.Generator)->np.ndarray:
     "One wail, up and down"
     t_T = timeline(rng.uniform(.55, .6))
     sweep_T = rng.uniform(.9, 1.1) * np.sin(np.pi * t_T / t_T[-1])
@@ -233,7 +234,7 @@ def siren(ratio:float, rng:np.random.Generator)->np.ndarray:
     return envelope_T * voice(pitch_T, horn)
 
 # %% ../../nbs/toybox/03_sounds.ipynb #1aca6529
-def bird(ratio:float, rng:np.random.Generator)->np.ndarray:
+def sound_bird(ratio:float, rng:np.random.Generator)->np.ndarray:
     "One trill"
     t_T = timeline(rng.uniform(.42, .52))
     n_chirps = rng.integers(5, 8)
@@ -246,7 +247,7 @@ def bird(ratio:float, rng:np.random.Generator)->np.ndarray:
     return envelope_T * np.sin(np.pi * chirp_T)**2 * np.sin(phase(pitch_T))
 
 # %% ../../nbs/toybox/03_sounds.ipynb #eca6809d
-def bee(ratio:float, rng:np.random.Generator)->np.ndarray:
+def sound_bee(ratio:float, rng:np.random.Generator)->np.ndarray:
     "One fly-by"
     t_T = timeline(rng.uniform(.52, .6))
     pitch_T = 210 * ratio * curve(t_T, {0: 1.07, .35: 1.05, .65: .96, 1: .94})
@@ -257,7 +258,7 @@ def bee(ratio:float, rng:np.random.Generator)->np.ndarray:
     return np.sin(np.pi * t_T / t_T[-1])**2 * roughness_T * buzz_T
 
 # %% ../../nbs/toybox/03_sounds.ipynb #8ff84c7b
-def frog(ratio:float, rng:np.random.Generator)->np.ndarray:
+def sound_frog(ratio:float, rng:np.random.Generator)->np.ndarray:
     "One ribbit"
     t_T = timeline(rng.uniform(.42, .5))
     rate_T = rng.uniform(.9, 1.1) * curve(t_T, {0: 38, .5: 45, .55: 55, 1: 70})
@@ -272,7 +273,7 @@ def frog(ratio:float, rng:np.random.Generator)->np.ndarray:
     return curve(t_T, syllables) * pulses_T
 
 # %% ../../nbs/toybox/03_sounds.ipynb #319eb591
-def dog(ratio:float, rng:np.random.Generator)->np.ndarray:
+def sound_dog(ratio:float, rng:np.random.Generator)->np.ndarray:
     "One bark"
     t_T = timeline(rng.uniform(.26, .32))
     throat = ratio**.5
@@ -287,7 +288,7 @@ def dog(ratio:float, rng:np.random.Generator)->np.ndarray:
     return np.tanh(envelope_T * bark_T)
 
 # %% ../../nbs/toybox/03_sounds.ipynb #8a79bb9d
-def cat(ratio:float, rng:np.random.Generator)->np.ndarray:
+def sound_cat(ratio:float, rng:np.random.Generator)->np.ndarray:
     "One meow"
     t_T = timeline(rng.uniform(.52, .6))
     throat = ratio**.5
@@ -304,24 +305,24 @@ def cat(ratio:float, rng:np.random.Generator)->np.ndarray:
 
 # %% ../../nbs/toybox/03_sounds.ipynb #3b1f4eca
 EVENTS = dict(
-    bell=bell,
-    drum=drum,
-    whistle=whistle,
-    bird=bird,
-    bee=bee,
-    dog=dog,
-    frog=frog,
-    clock=clock,
-    siren=siren,
-    train=train,
-    guitar=guitar,
-    cat=cat,
+    bell=sound_bell,
+    drum=sound_drum,
+    whistle=sound_whistle,
+    bird=sound_bird,
+    bee=sound_bee,
+    dog=sound_dog,
+    frog=sound_frog,
+    clock=sound_clock,
+    siren=sound_siren,
+    train=sound_train,
+    guitar=sound_guitar,
+    cat=sound_cat,
 )
 
 # %% ../../nbs/toybox/03_sounds.ipynb #1e3e3884
 CLIP_T = timeline(N_SAMPLES / SAMPLE_RATE)
 
-def room(rng:np.random.Generator)->np.ndarray:
+def sound_room(rng:np.random.Generator)->np.ndarray:
     "Mains hum"
     mains = rng.choice([100, 120])
     gains = (1, .6, .3, .2)
@@ -329,7 +330,7 @@ def room(rng:np.random.Generator)->np.ndarray:
     hum_T = ring(CLIP_T, mains * np.arange(1, 5), gains, endless, rng)
     return hum_T + .4 * noise(N_SAMPLES, 20, 500, rng)
 
-def meadow(rng:np.random.Generator)->np.ndarray:
+def sound_meadow(rng:np.random.Generator)->np.ndarray:
     "Wind and a cricket"
     gusts_T = np.exp(.6 * wander(CLIP_T, 1.5, rng))
     wind_T = gusts_T * noise(N_SAMPLES, 150, rng.uniform(400, 600), rng)
@@ -341,7 +342,7 @@ def meadow(rng:np.random.Generator)->np.ndarray:
     return wind_T + rng.uniform(.4, .6) * cricket_T
 
 # %% ../../nbs/toybox/03_sounds.ipynb #76800eb5
-def beach(rng:np.random.Generator)->np.ndarray:
+def sound_beach(rng:np.random.Generator)->np.ndarray:
     "Waves"
     turns_T = CLIP_T / rng.uniform(1.6, 2.4) + rng.random()
     swell_T = .5 - .5 * np.cos(2 * np.pi * turns_T)
@@ -350,7 +351,7 @@ def beach(rng:np.random.Generator)->np.ndarray:
     return wave_T + foam_T
 
 # %% ../../nbs/toybox/03_sounds.ipynb #a7c63747
-def street(rng:np.random.Generator)->np.ndarray:
+def sound_street(rng:np.random.Generator)->np.ndarray:
     "Traffic"
     idle = rng.uniform(65, 95)
     engine_T = phase(idle * (1 + .02 * wander(CLIP_T, 3, rng)))
@@ -361,7 +362,7 @@ def street(rng:np.random.Generator)->np.ndarray:
     return rumble_T + .8 * passing_T * noise(N_SAMPLES, 300, 1200, rng)
 
 # %% ../../nbs/toybox/03_sounds.ipynb #350fbd99
-def rain(rng:np.random.Generator)->np.ndarray:
+def sound_rain(rng:np.random.Generator)->np.ndarray:
     "A shower"
     drops_T = rng.standard_normal(N_SAMPLES)
     chance_T = rng.random(N_SAMPLES)
@@ -370,11 +371,11 @@ def rain(rng:np.random.Generator)->np.ndarray:
 
 # %% ../../nbs/toybox/03_sounds.ipynb #13d2c86b
 AMBIENCES = dict(
-    room=room,
-    meadow=meadow,
-    beach=beach,
-    street=street,
-    rain=rain,
+    room=sound_room,
+    meadow=sound_meadow,
+    beach=sound_beach,
+    street=sound_street,
+    rain=sound_rain,
 )
 
 # %% ../../nbs/toybox/03_sounds.ipynb #78170e6d
