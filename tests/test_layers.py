@@ -160,9 +160,9 @@ def test_an_import_that_goes_down_is_found(line, plant):
 
 
 def test_imports_that_go_up_pass(plant):
-    tokens = 'import json\nfrom egmi import __version__\nfrom egmi.base.files import opened\nfrom .base import files'
+    tokens = 'import json\nfrom egmi import __version__\nfrom egmi.base.files import opened'
     hub = 'from ..tokens import Tokens\nfrom ..base.files import opened'
-    root = plant(tokens=tokens, hub=hub)
+    root = plant(tokens=tokens + '\nfrom .base import files', hub=hub)
     assert imports_that_go_down(root) == []
     assert read_imports(root, 'data.hub') == {'tokens', 'base.files'}
 
