@@ -15,9 +15,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PARTS = ['base', 'toybox', 'frozen', 'paper', 'data', 'evaluation', 'small']
 HEAVY = {'matplotlib', 'IPython', 'diffusers', 'datasets'}
 USERS = {  # module -> the heavy libraries that are its business; whoever imports it may load them too
-    'base.drawing': {'matplotlib'},
+    'base.drawing': {'matplotlib', 'IPython'},
     'frozen.diffusion': {'diffusers'},
     'frozen.audioldm': {'diffusers'},
+    'small.diffusion': {'diffusers'},
     'small.stable_diffusion': {'diffusers'},
     'small.audioldm': {'diffusers'},
     'evaluation.reporting': {'matplotlib'},
