@@ -49,6 +49,7 @@ def examples_of_annotation(
         problem = f'caption {id} belongs to picture {image}, which is not listed'
     return examples_of_row(f'coco/{image}/{id}', row['caption'], problem, image_file=file)
 
+# %% ../../nbs/data/05_corpora.ipynb #b2f4bdba
 def load_coco(
     folder:str|Path, # with `annotations` and the folder of the split
     split:str,       # train2014, val2014, train2017 or val2017
@@ -90,6 +91,7 @@ def examples_of_picture(
             examples += examples_of_row(id, row['raw'], image_file=file)
     return examples
 
+# %% ../../nbs/data/05_corpora.ipynb #bef67698
 def load_karpathy(
     folder:str|Path, # with `dataset_coco.json` and the pictures of 2014
     split:str,       # train, restval, val or test; several with +, as `train+restval`

@@ -164,6 +164,7 @@ def example_problem(
         problem = find_problem(check_audio, example.audio_file, decode)
     return problem
 
+# %% ../../nbs/data/01_examples.ipynb #357bcd36
 def find_bad_examples(
     examples:list,    # FileExample
     decode:bool=False # decode every picture and sound, and look for silence

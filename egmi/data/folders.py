@@ -83,6 +83,7 @@ def read_text_rows(
                       f'{n_pictures:,} pictures without a text ({why})', stacklevel=4)
     return rows
 
+# %% ../../nbs/data/03_folders.ipynb #99f33b0d
 def read_caption_rows(
     folder:Path
 )->list:        # dict with image, caption and perhaps audio, or what is wrong with a row
@@ -114,6 +115,7 @@ def find_sound(
     beside = sounds_in(image.parent).get(image.stem, [])
     return single_sound(beside, 'sound, or name it in a column audio')
 
+# %% ../../nbs/data/03_folders.ipynb #29ab87a0
 def load_folder(
     folder:str|Path, # pictures and captions, perhaps sounds
     **check          # `max_bad` and `decode` of `keep_good_examples`

@@ -36,6 +36,7 @@ def share_by_letters(
     edges = start + before / sum(n_letters) * (end - start)
     return np.rint(edges).astype(int)
 
+# %% ../../nbs/data/06_speech.ipynb #d68affa3
 def word_edges(
     file,           # Path or Cell, a sound
     words:list[str] # said in it
