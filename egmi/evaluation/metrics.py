@@ -95,8 +95,7 @@ def frechet_distance(
     shift_D = x_ND.mean(0) - y_MD.mean(0)
     x_ND = (x_ND - x_ND.mean(0)) / np.sqrt(len(x_ND) - 1)
     y_MD = (y_MD - y_MD.mean(0)) / np.sqrt(len(y_MD) - 1)
-    variance = (x_ND**2).sum() + (y_MD**2).sum()
-    distance = shift_D @ shift_D + variance - 2 * trace_sqrt(x_ND, y_MD)
+    distance = shift_D @ shift_D + (x_ND**2).sum() + (y_MD**2).sum() - 2 * trace_sqrt(x_ND, y_MD)
     return max(float(distance), 0.)
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #f903b8a4
