@@ -37,7 +37,7 @@ def close(ours, theirs, relative=1e-6):
 
 
 def like_a_network(rng, n, d=96, shift=0.):
-    "Features as networks make them: not negative, correlated, variances that fall off, a few that never fire."
+    "Features as networks make them: not negative, correlated, of falling variances, a few that never fire."
     mix = rng.normal(size=(24, d)) * np.geomspace(3, .1, 24)[:, None]
     x_ND = np.maximum(rng.normal(size=(n, 24)) @ mix + .1 * rng.normal(size=(n, d)) + shift, 0)
     x_ND[:, :5] = 0
@@ -121,7 +121,7 @@ def test_kl_divergence_equals_torch():
 
 
 def test_kl_divergence_of_audioldm_eval():
-    """Written out from its source: epsilon joins the generated sound's probabilities alone, after the softmax.
+    """Written out from its source: epsilon joins the generated probabilities alone, after the softmax.
 
     Nothing is renormalised; classes are summed, pairs averaged."""
     rng = np.random.default_rng(4)
@@ -180,7 +180,7 @@ def test_cepstra_equal_torchaudio():
 
 
 def test_cepstra_are_those_of_a_sound_without_infrasound():
-    """The gain 1 / (1 + (20 Hz / f)^4) applied to the whole spectrum gives the same cepstra, away from the ends.
+    """The gain 1 / (1 + (20 Hz / f)^4) on the whole spectrum gives the same cepstra, away from the ends.
 
     (The filter is digital, so its frequencies are bent: tan(pi f / rate) stands for f.)"""
     rng = np.random.default_rng(11)
@@ -198,7 +198,7 @@ def test_cepstra_are_those_of_a_sound_without_infrasound():
 
 
 def test_unscaled_distortion_equals_mel_cepstral_distance(monkeypatch):
-    """Kubichek's form: no decibels (scale=1), bands in log10 of power, cosines not divided by the number of bands.
+    """Kubichek's form: no decibels (scale=1), log10 of power, cosines not divided by the number of bands.
 
     So its cepstra are ours times K / ln 10. Its own filters start at whole FFT bins and its window is
     symmetric: both are given to both here."""
@@ -296,7 +296,7 @@ def test_logits(seed, n):
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(seeds, st.floats(1e-4, 1e4), st.sampled_from([-1, 1]))
 def test_distortion(seed, gain, sign):
-    "Nothing to itself, blind to gain and sign without c0, symmetric; with c0 a gain alone is what it is in dB."
+    "Nothing to itself, symmetric, blind to gain and sign without c0; with c0 a gain costs its dB."
     rng = np.random.default_rng(seed)
     a, b = sound(rng, .3), sound(rng, .4)
     assert mel_cepstral_distortion(a, a, RATE) == 0
@@ -315,7 +315,8 @@ def test_comparisons(seed, clips, runs):
     a, b = np.random.default_rng(seed).normal(size=(2, runs, clips))
     difference, low, high = paired_bootstrap(a, b, n=200)
     assert low <= high and (difference, low, high) == paired_bootstrap(a, b, n=200)
-    np.testing.assert_allclose(np.negative(paired_bootstrap(b, a, n=200)), (difference, high, low), rtol=1e-9, atol=1e-12)
+    swapped = np.negative(paired_bootstrap(b, a, n=200))
+    np.testing.assert_allclose(swapped, (difference, high, low), rtol=1e-9, atol=1e-12)
     if clips <= 9:
         p = permutation_test(a, b, n=600)
         assert p == permutation_test(b, a, n=600) == permutation_test(a[:, ::-1], b[:, ::-1], n=600)

@@ -26,6 +26,7 @@ def conv_block(
     conv = nn.Conv2d(d_in, d_out, 3, stride, 1, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(d_out), nn.ReLU())
 
+# %% ../../nbs/evaluation/05_judge.ipynb #a5010003
 class Judge(nn.Module, PyTorchModelHubMixin):
     "Classifies the factors of a Toybox scene from a picture or a log-mel spectrogram"
     def __init__(self,

@@ -271,6 +271,7 @@ def frames_of(
         raise ValueError(f'{name} has {len(sound)} samples, less than one frame of {n_fft}')
     return np.lib.stride_tricks.sliding_window_view(sound, n_fft)[::step]
 
+# %% ../../nbs/evaluation/01_metrics.ipynb #a1010002
 def mel_cepstra(
     sound,                    # [samples] mono waveform
     sample_rate:int,          # Hz
