@@ -30,9 +30,9 @@ from .base.loading import load_strictly, read_tensors
 from .frozen.audioldm import AudioLDM, check_lengths, check_strength
 from .frozen.diffusion import StableDiffusion, generators_for
 from .frozen.pandagpt import PandaGPT, QUESTION
-from .mapper import MapperConfig
+from .mapper import Conditions, MapperConfig
 from .training import (
-    BASELINES, Conditioner, MAPPERS, Conditions, cache_prefixes, make_conditioner, predict_conditions)
+    BASELINES, Conditioner, MAPPERS, cache_prefixes, make_conditioner, predict_conditions)
 
 # %% ../nbs/paper/05_model.ipynb #f9217554
 def save_conditioner(
@@ -99,14 +99,16 @@ def load_generators(
             AudioLDM.from_pretrained(component_path(preset.audioldm), **options))
 
 def mapper_config(
-    preset,             # `Preset`, whose `mapper` sets depth and width
+    preset,          # `Preset`, whose `mapper` sets depth and width
     panda:PandaGPT,
-    stable_diffusion:StableDiffusion,
-    audioldm:AudioLDM
+    image_generator, # StableDiffusion
+    audio_generator  # AudioLDM
 )->MapperConfig:
     "Mapper sizes that fit a preset's components"
-    L, C = stable_diffusion.unconditional.shape[1:]
-    return MapperConfig(d_llm=panda.llm.config.hidden_size, n_queries=L, d_clip=C, d_clap=audioldm.unconditional.shape[1], **preset.mapper)
+    n_queries, d_clip = image_generator.unconditional.shape[1:]
+    d_clap = audio_generator.unconditional.shape[1]
+    d_llm = panda.llm.config.hidden_size
+    return MapperConfig(d_llm=d_llm, n_queries=n_queries, d_clip=d_clip, d_clap=d_clap, **preset.mapper)
 
 # %% ../nbs/paper/05_model.ipynb #82f39620
 @dataclass(frozen=True)
