@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .base.checks import list_texts, require_positive
-from .base.files import read_or_make, read_rows, replacing
+from .base.files import map_rows, read_or_make, replacing
 from .base.fitting import FitConfig, batch_indices, fit, in_batches
 from .frozen.pandagpt import PandaGPT
 from .frozen.prefix import PrefixCache, run_prefix, run_tail
@@ -102,7 +102,7 @@ def store_embeddings(
 
         key = '\0'.join([encoder, generator.prefix, *part])
         name = hashlib.sha256(key.encode()).hexdigest()[:24]
-        shards.append(read_or_make(Path(folder)/f'{name}.npy', read_rows, make))
+        shards.append(read_or_make(Path(folder)/f'{name}.npy', map_rows, make))
     return shards
 
 def stored_targets(
