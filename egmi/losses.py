@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .mapper import Conditions
+
 # %% ../nbs/paper/03_losses.ipynb #c6585639
 def target_variance(
     name:str,      # of the targets, for the error message
@@ -30,19 +32,18 @@ def target_variance(
 @dataclass(frozen=True)
 class LossWeights:
     "Factors of the two terms of `alignment_loss`; the defaults are the plain sum"
-    clip:float=1. # of the image half
-    clap:float=1. # of the audio half
+    image:float=1. # of the error of the image conditions
+    audio:float=1. # of the error of the audio conditions
 
     @classmethod
     def balanced(
         cls,
-        clip_targets_NLC:Tensor, # CLIP hidden states of training captions
-        clap_targets_NC:Tensor   # CLAP embeddings of training captions
+        targets:Conditions # of training captions; both halves must be there
     )->'LossWeights':
         "Weights that make predicting the mean target cost 1 in each term"
-        clip_variance = target_variance('clip', clip_targets_NLC)
-        clap_variance = target_variance('clap', clap_targets_NC)
-        return cls(clip=1 / clip_variance, clap=1 / clap_variance)
+        image_variance = target_variance('image', targets.image)
+        audio_variance = target_variance('audio', targets.audio)
+        return cls(image=1 / image_variance, audio=1 / audio_variance)
 
 # %% ../nbs/paper/03_losses.ipynb #5d13f3c5
 def check_shapes(
@@ -59,27 +60,25 @@ def check_shapes(
 # %% ../nbs/paper/03_losses.ipynb #0b71c80a
 class AlignmentLoss(NamedTuple):
     "What `alignment_loss` returns"
-    total:Tensor     # weighted sum, the one to minimise
-    clip:Tensor|None # error of the image half, unweighted; None without one
-    clap:Tensor      # error of the audio half, unweighted
+    total:Tensor      # weighted sum, the one to minimise
+    image:Tensor|None # error of the image conditions, unweighted; None without them
+    audio:Tensor      # error of the audio conditions, unweighted
 
 def alignment_loss(
-    clip_pred_BLC:Tensor|None, # mapper's condition for Stable Diffusion; None if it has no image half
-    clap_pred_BC:Tensor,       # mapper's condition for AudioLDM
-    clip_target_BLC:Tensor,    # CLIP's hidden states of "The image of {caption}"
-    clap_target_BC:Tensor,     # CLAP's embedding of "The sound of {caption}"
-    weights:LossWeights,       # factors of the two terms
-    error=F.mse_loss           # (prediction, target) -> scalar; `euclidean_loss` is the other one
+    predicted:Conditions, # of the mapper; its image half may be None
+    wanted:Conditions,    # of the text encoders, for the same prompts
+    weights:LossWeights,  # factors of the two terms
+    error=F.mse_loss      # (prediction, target) -> scalar; `euclidean_loss` is the other one
 )->AlignmentLoss:
     "Weighted errors between the mapper's outputs and the text encoders' (section 3.2)"
-    check_shapes('clap', clap_pred_BC, clap_target_BC)
-    clap = error(clap_pred_BC, clap_target_BC)
-    if clip_pred_BLC is None:
-        return AlignmentLoss(weights.clap * clap, None, clap)
-    check_shapes('clip', clip_pred_BLC, clip_target_BLC)
-    clip = error(clip_pred_BLC, clip_target_BLC)
-    total = weights.clip * clip + weights.clap * clap
-    return AlignmentLoss(total, clip, clap)
+    check_shapes('audio', predicted.audio, wanted.audio)
+    audio = error(predicted.audio, wanted.audio)
+    if predicted.image is None:
+        return AlignmentLoss(weights.audio * audio, None, audio)
+    check_shapes('image', predicted.image, wanted.image)
+    image = error(predicted.image, wanted.image)
+    total = weights.image * image + weights.audio * audio
+    return AlignmentLoss(total, image, audio)
 
 # %% ../nbs/paper/03_losses.ipynb #6a3df73a
 def euclidean_loss(
