@@ -21,12 +21,15 @@ from egmi.frozen.prefix import run_prefix, run_tail, run_whole
 from egmi.small.rehearsal import (
     TINY, draw, write_audioldm, write_clap, write_clip, write_llm, write_stable_diffusion)
 
+SD = StableDiffusion.from_pretrained
+
 # (writes a folder, loads it, its subfolder, part of the names that get lost, class in the error)
 PARTS = [
-    (write_stable_diffusion, StableDiffusion.from_pretrained, 'text_encoder', 'final_layer_norm', 'CLIPTextModel'),
-    (write_stable_diffusion, StableDiffusion.from_pretrained, 'unet', 'conv_in', 'UNet2DConditionModel'),
-    (write_stable_diffusion, StableDiffusion.from_pretrained, 'vae', 'encoder', 'AutoencoderKL'),
-    (write_audioldm, AudioLDM.from_pretrained, 'text_encoder', 'text_projection', 'ClapTextModelWithProjection'),
+    (write_stable_diffusion, SD, 'text_encoder', 'final_layer_norm', 'CLIPTextModel'),
+    (write_stable_diffusion, SD, 'unet', 'conv_in', 'UNet2DConditionModel'),
+    (write_stable_diffusion, SD, 'vae', 'encoder', 'AutoencoderKL'),
+    (write_audioldm, AudioLDM.from_pretrained, 'text_encoder', 'text_projection',
+     'ClapTextModelWithProjection'),
     (write_audioldm, AudioLDM.from_pretrained, 'unet', 'class_embedding', 'UNet2DConditionModel'),
     (write_audioldm, AudioLDM.from_pretrained, 'vae', 'decoder', 'AutoencoderKL'),
     (write_audioldm, AudioLDM.from_pretrained, 'vocoder', 'mean', 'SpeechT5HifiGan'),
@@ -134,6 +137,7 @@ def test_the_cache_has_no_name():
 MERGE = """
 import re, sys
 from pathlib import Path
+from transformers import LlamaForCausalLM # the modules that torch loads on first use
 from egmi.frozen.vicuna import merge_vicuna
 
 def kilobytes(what):
