@@ -39,7 +39,7 @@ def written(tmp_path_factory):
 def user(written, tmp_path, monkeypatch):
     "The weights where a user's lie, in the default places, and a working folder that is none of them."
     for variable in ('EGMI_WEIGHTS', 'HF_HUB_CACHE'):
-        monkeypatch.delenv(variable)
+        monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv('EGMI_CACHE', str(tmp_path/'cache'))
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path/'hub'))
     (tmp_path/'cache/weights').mkdir(parents=True)
@@ -99,9 +99,9 @@ def weights(stem, gigabytes, ends=('bin', 'safetensors')):
     return {f'{stem}.{end}': gigabytes * GB for end in ends}
 
 
-def small(*names, folder=''):
+def small(*names):
     "Configs and vocabularies."
-    return {folder + name: KB for name in names}
+    return dict.fromkeys(names, KB)
 
 
 STABLE_DIFFUSION = {  # the mirror's files; GB of the full-precision ones
@@ -121,13 +121,15 @@ STABLE_DIFFUSION = {  # the mirror's files; GB of the full-precision ones
     **small('model_index.json', 'README.md', 'v1-inference.yaml', 'scheduler/scheduler_config.json'),
     **small('feature_extractor/preprocessor_config.json', 'unet/config.json', 'vae/config.json'),
     **small('text_encoder/config.json', 'safety_checker/config.json'),
-    **small('vocab.json', 'merges.txt', 'special_tokens_map.json', 'tokenizer_config.json', folder='tokenizer/')}
+    **small('tokenizer/vocab.json', 'tokenizer/merges.txt', 'tokenizer/special_tokens_map.json'),
+    **small('tokenizer/tokenizer_config.json')}
 AUDIOLDM = {
     **weights('unet/diffusion_pytorch_model', 2.957),
     **weights('vae/diffusion_pytorch_model', .222),
     **weights('text_encoder/pytorch_model', .501, ['bin']),  # as they were before anybody converted them
     **weights('vocoder/pytorch_model', .221, ['bin']),
-    **small('model_index.json', 'scheduler/scheduler_config.json', 'tokenizer/vocab.json', 'tokenizer/merges.txt'),
+    **small('model_index.json', 'scheduler/scheduler_config.json'),
+    **small('tokenizer/vocab.json', 'tokenizer/merges.txt'),
     **small('unet/config.json', 'vae/config.json', 'text_encoder/config.json', 'vocoder/config.json')}
 SCORER = small('config.json', 'preprocessor_config.json', 'vocab.json', 'merges.txt', 'tokenizer.json',
                'tokenizer_config.json', 'special_tokens_map.json')
@@ -303,8 +305,8 @@ def test_merge_vicuna_names_what_it_needs(options):
 def test_papermill_on_a_terminal_asks_for_the_output_path(tmp_path):
     ours, theirs = pty.openpty()
     process = subprocess.run(
-        [sys.executable, '-m', 'papermill', NOTEBOOK], cwd=tmp_path, stdin=theirs, stdout=theirs, stderr=theirs,
-        env=environment(tmp_path/'cache'))
+        [sys.executable, '-m', 'papermill', NOTEBOOK], cwd=tmp_path, env=environment(tmp_path/'cache'),
+        stdin=theirs, stdout=theirs, stderr=theirs)
     os.close(theirs)
     said = os.read(ours, 10_000).decode().strip().splitlines()
     os.close(ours)
