@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+import egmi.training
 from egmi.frozen.diffusion import generators_for
+from egmi.frozen.prefix import run_prefix, run_tail
 from egmi.model import load_generators, load_panda, mapper_config
 from egmi.small.rehearsal import TINY, places, random_preset, write_weights
 from egmi.training import cache_prefixes, make_conditioner, predict_conditions
@@ -28,14 +30,15 @@ def parts(tmp_path_factory):
     return preset, panda, stable_diffusion, audioldm
 
 
-def holding(most, function, asked):
-    "The function on a device that has memory for `most` rows."
-    def limited(x, *args, **kwargs):
-        asked.append(len(x))
-        if len(x) > most:
+def holding(most, function, asked, position=0):
+    "The function on a device that has memory for `most` rows of the argument at `position`."
+    def limited(*args, **kwargs):
+        n_rows = len(args[position])
+        asked.append(n_rows)
+        if n_rows > most:
             raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 MiB. '
                                          'GPU 0 has a total capacity of 7.00 MiB.')
-        return function(x, *args, **kwargs)
+        return function(*args, **kwargs)
 
     return limited
 
@@ -45,10 +48,12 @@ def same(found, wanted):
 
 
 def test_prefixes(parts, monkeypatch):
-    panda, asked = parts[1], []
+    panda = parts[1]
+    asked = []
     wanted = cache_prefixes(panda, TEXTS, progress=False)
-    monkeypatch.setattr(panda, 'prefix', holding(2, panda.prefix, asked))
-    with pytest.warns(UserWarning, match='^prefixes: out of memory with 5 at once, going on with 2$'): found = cache_prefixes(panda, TEXTS, progress=False)
+    monkeypatch.setattr(egmi.training, 'run_prefix', holding(2, run_prefix, asked, position=1))
+    with pytest.warns(UserWarning, match='^prefixes: out of memory with 5 at once, going on with 2$'):
+        found = cache_prefixes(panda, TEXTS, progress=False)
     assert asked == [5, 2, 2, 1]
     for a, b in zip(found, wanted, strict=True):
         assert torch.equal(a.mask, b.mask)
@@ -58,10 +63,13 @@ def test_prefixes(parts, monkeypatch):
 
 def test_conditions(parts, monkeypatch):
     preset, panda, *generators = parts
-    conditioner, caches, asked = make_conditioner('EGMI mapper', panda, mapper_config(preset, panda, *generators)), cache_prefixes(panda, TEXTS, progress=False), []
-    wanted = predict_conditions(conditioner, panda, caches)
-    monkeypatch.setattr(panda, 'tail', holding(3, panda.tail, asked))
-    with pytest.warns(UserWarning, match='going on with 2$'): found = predict_conditions(conditioner, panda, caches)
+    asked = []
+    conditioner = make_conditioner('EGMI mapper', panda, mapper_config(preset, panda, *generators))
+    prefixes = cache_prefixes(panda, TEXTS, progress=False)
+    wanted = predict_conditions(conditioner, panda, prefixes)
+    monkeypatch.setattr(egmi.training, 'run_tail', holding(3, run_tail, asked, position=1))
+    with pytest.warns(UserWarning, match='going on with 2$'):
+        found = predict_conditions(conditioner, panda, prefixes)
     assert asked == [5, 2, 2, 1]
     same(found.image, wanted.image)
     same(found.audio, wanted.audio)
