@@ -27,7 +27,7 @@ from .base.files import replacing, write_json
 from .base.images import as_rgb
 from .base.loading import load_strictly, read_tensors
 from .frozen.pandagpt import PandaGPT, QUESTION
-from .mapper import Conditions, MapperConfig, count_parameters
+from .mapper import Conditions, MapperConfig
 from .training import (
     BASELINES, Conditioner, MAPPERS, cache_prefixes, make_conditioner, predict_conditions)
 

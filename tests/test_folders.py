@@ -237,7 +237,7 @@ def test_a_killed_run_goes_on(folders, given, monkeypatch):
             raise KeyboardInterrupt
         batches.append(run_batch(*arguments))
 
-    options = dict(sources=get_preset('mini').listeners, batch_size=5, progress=False)
+    options = dict(sources=get_preset('mini').classifiers, batch_size=5, progress=False)
     references, generated = read_pairs(*folders, progress=False)
     monkeypatch.setattr(outputs, 'run_batch', killed)
     with pytest.raises(KeyboardInterrupt):
@@ -337,7 +337,7 @@ def test_paper_networks_at_full_size(folders, given, tmp_path):
     write_random(paths['vggish'], VGGish, lambda state: state)
     write_clap(TINY, tmp_path/'clap')
     sources = {name: str(path) for name, path in paths.items()}
-    preset = replace(get_preset('paper'), listeners=sources, clap=str(tmp_path/'clap'))
+    preset = replace(get_preset('paper'), classifiers=sources, clap=str(tmp_path/'clap'))
     real, made = AUDIO[:3], AUDIO[2::-1] / 2
     waves = dict(real3=real, made3=made)
     some = [write_sounds(tmp_path/name, IDS[:3], audio, RATE) for name, audio in waves.items()]

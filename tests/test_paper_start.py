@@ -62,7 +62,7 @@ def test_every_part_of_the_paper_preset_is_found_from_another_folder(user):
     assert audioldm.unconditional.shape == (1, 32)
     for name in ('clip', 'clap'):
         assert networks[name].embed_texts(['a bell']).shape == (1, 32)
-    for name in PAPER.listeners.values():
+    for name in PAPER.classifiers.values():
         assert component_path(name) == str(user/'cache/weights'/name)
 
 

@@ -57,7 +57,7 @@ class Preset:
     clip:str              # scores pictures against text
     clap:str              # scores sounds against text
     judge:str|None = None # classifies factors, where the data have any
-    listeners:dict = field(default_factory=dict) # network of `egmi.evaluation.folders` -> its weights
+    classifiers:dict = field(default_factory=dict) # network of `egmi.evaluation.folders` -> its weights
     llm_dtype:str = 'float32'       # of the LLM and the projection into it, as `pick_dtype` takes it
     generator_dtype:str = 'float32' # of Stable Diffusion and AudioLDM, likewise
     mapper:dict = field(default_factory=dict) # fields of `MapperConfig` that differ from its defaults
@@ -81,7 +81,7 @@ MINI = Preset(
     clip='clip',
     clap='clap',
     judge='judge',
-    listeners=dict(judge='judge/sound'),
+    classifiers=dict(judge='judge/sound'),
     mapper=dict(d_model=256, n_heads=4, n_encoder_layers=2, n_decoder_layers=2, d_ff=256),
     guidance_image=3.,
     guidance_audio=4.,
@@ -102,7 +102,7 @@ PAPER = Preset(
     audioldm='cvssp/audioldm-l-full',
     clip='openai/clip-vit-large-patch14',
     clap='laion/clap-htsat-unfused',
-    listeners=dict(cnn14='Cnn14_16k_mAP=0.438.pth', vggish='vggish-10086976.pth'),
+    classifiers=dict(cnn14='Cnn14_16k_mAP=0.438.pth', vggish='vggish-10086976.pth'),
     llm_dtype='float16',
     generator_dtype='float16',
 )

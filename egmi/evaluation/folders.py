@@ -309,9 +309,9 @@ def score_sounds(
     device = pick_device(device)
     if resampler not in RESAMPLERS:
         raise ValueError(f'unknown resampler {resampler!r}: choose one of {", ".join(RESAMPLERS)}')
-    classifiers = preset.listeners
+    classifiers = preset.classifiers
     sources = dict(classifiers)
-    needed = ['listeners']
+    needed = ['classifiers']
     if captions is not None:
         captions = checked_captions(captions)
         sources['clap'] = preset.clap

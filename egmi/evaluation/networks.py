@@ -8,7 +8,7 @@ __all__ = ['RATE', 'SHORTEST', 'EXAMPLE', 'at_16k', 'equal_lengths', 'full_preci
            'split_examples']
 
 # %% ../../nbs/evaluation/04_networks.ipynb #980dd40c
-from functools import cache, partial
+from functools import cache
 from itertools import groupby, pairwise
 
 import numpy as np

@@ -91,10 +91,10 @@ SOURCES = (
            diffusers_files('text_encoder', 'vocoder')),
     Source('CLIP', PAPER.clip, 1.7, 'MIT', 427_616_513, files=SCORER_FILES),
     Source('CLAP', PAPER.clap, .6, 'Apache-2.0', 153_492_890, files=SCORER_FILES),
-    Source('Cnn14', PAPER.listeners['cnn14'], .36, 'CC BY 4.0', 81_033_231,
+    Source('Cnn14', PAPER.classifiers['cnn14'], .36, 'CC BY 4.0', 81_033_231,
            url='https://zenodo.org/records/3987831/files/Cnn14_16k_mAP%3D0.438.pth', bytes=358_668_570,
            sha256='e2ee543a27919542c2ea03eabaa70b24dcd4e6c8e05621de6b67a94e4c5058e6'),
-    Source('VGGish', PAPER.listeners['vggish'], .29, 'Apache-2.0', 72_141_184,
+    Source('VGGish', PAPER.classifiers['vggish'], .29, 'Apache-2.0', 72_141_184,
            url='https://github.com/harritaylor/torchvggish/releases/download/v0.1/vggish-10086976.pth',
            bytes=288_567_937, sha256='10086976245803799d9194e9a73d9b6c1549c71d1b80106f5cade5608a561f4b'))
 
@@ -103,12 +103,12 @@ FROZEN = ('llm', 'pandagpt', 'imagebind', 'stable_diffusion', 'audioldm') # what
 
 def names_of(
     preset:Preset,
-    parts=(*FROZEN, 'clip', 'clap', 'listeners') # fields of `Preset`
+    parts=(*FROZEN, 'clip', 'clap', 'classifiers') # fields of `Preset`
 )->list[str]:
     "What a preset calls the weights of some parts"
-    names = [getattr(preset, part) for part in parts if part != 'listeners']
-    if 'listeners' in parts:
-        names += preset.listeners.values()
+    names = [getattr(preset, part) for part in parts if part != 'classifiers']
+    if 'classifiers' in parts:
+        names += preset.classifiers.values()
     return [name for name in names if name]
 
 def sources_of(

@@ -300,7 +300,7 @@ def write_weights(
     check_space(folder.parent, bytes_needed(scale))
     with replacing(folder) as root:
         for name, write in WRITERS.items():
-            path = layout_path(root, preset.listeners.get(name) or getattr(preset, name))
+            path = layout_path(root, preset.classifiers.get(name) or getattr(preset, name))
             path.parent.mkdir(parents=True, exist_ok=True)
             write(scale, path, device, seed)
         for repository in root.glob('hub/*'):
