@@ -107,6 +107,7 @@ def check_same(records, rows):
 
 def check_columns(rows, baseline):
     "Intervals hold their values, and differences are those of the values: row minus baseline."
+    rows = rows[rows.n.notna()]  # without what others have published
     for column in rows.filter(regex='_low$').columns.str.removesuffix('_low'):
         given = rows[[f'{column}_low', column, f'{column}_high']].dropna().astype(float)
         assert len(given) and (given.diff(axis=1).iloc[:, 1:] >= -2e-4).all(axis=None), column
