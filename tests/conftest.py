@@ -102,7 +102,8 @@ def check_same(records, rows):
     table = pd.DataFrame(records).set_index('system')
     assert list(table.index) == list(rows.index) and list(table.columns) == list(rows.columns)
     for column in table.select_dtypes('number'):
-        np.testing.assert_array_equal(table[column].astype(float), rows[column].astype(float))
+        written = rows[column].astype(float)
+        np.testing.assert_allclose(table[column].astype(float), written, rtol=1e-6)
 
 
 def check_columns(rows, baseline):
