@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from egmi.evaluation.scoring import generate_samples
+import egmi.training
+from egmi.frozen.diffusion import generators_for
+from egmi.frozen.prefix import run_prefix, run_tail
 from egmi.model import load_generators, load_panda, mapper_config
 from egmi.small.rehearsal import TINY, places, random_preset, write_weights
-from egmi.training import cache_prefixes, make_conditioner, predict_conditions, text_targets
+from egmi.training import cache_prefixes, make_conditioner, predict_conditions
 
-TEXTS = ['a bell', 'three big green whistles indoors', 'a drum in the rain', 'two birds', 'by a busy road there is a frog']
+TEXTS = ['a bell', 'three big green whistles indoors', 'a drum in the rain', 'two birds',
+         'by a busy road there is a frog']
 
 
 @pytest.fixture(scope='module')
@@ -20,26 +23,37 @@ def parts(tmp_path_factory):
     folder = tmp_path_factory.mktemp('random')/'all'
     write_weights(TINY, folder)
     preset = random_preset(TINY)
-    with mock.patch.dict(os.environ, places(folder)): return preset, load_panda(preset), *load_generators(preset)
+    with mock.patch.dict(os.environ, places(folder)):
+        panda = load_panda(preset)
+        stable_diffusion, audioldm = load_generators(preset)
+    audioldm.seconds = .64
+    return preset, panda, stable_diffusion, audioldm
 
 
-def holding(most, function, asked):
-    "The function on a device that has memory for `most` rows."
-    def limited(x, *args, **kwargs):
-        asked.append(len(x))
-        if len(x) > most: raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 7.00 MiB.')
-        return function(x, *args, **kwargs)
+def holding(most, function, asked, position=0):
+    "The function on a device that has memory for `most` rows of the argument at `position`."
+    def limited(*args, **kwargs):
+        n_rows = len(args[position])
+        asked.append(n_rows)
+        if n_rows > most:
+            raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 MiB. '
+                                         'GPU 0 has a total capacity of 7.00 MiB.')
+        return function(*args, **kwargs)
+
     return limited
 
 
-def same(found, wanted): torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-4)
+def same(found, wanted):
+    torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-4)
 
 
 def test_prefixes(parts, monkeypatch):
-    panda, asked = parts[1], []
+    panda = parts[1]
+    asked = []
     wanted = cache_prefixes(panda, TEXTS, progress=False)
-    monkeypatch.setattr(panda, 'prefix', holding(2, panda.prefix, asked))
-    with pytest.warns(UserWarning, match='^prefixes: out of memory with 5 at once, going on with 2$'): found = cache_prefixes(panda, TEXTS, progress=False)
+    monkeypatch.setattr(egmi.training, 'run_prefix', holding(2, run_prefix, asked, position=1))
+    with pytest.warns(UserWarning, match='^prefixes: out of memory with 5 at once, going on with 2$'):
+        found = cache_prefixes(panda, TEXTS, progress=False)
     assert asked == [5, 2, 2, 1]
     for a, b in zip(found, wanted, strict=True):
         assert torch.equal(a.mask, b.mask)
@@ -49,42 +63,76 @@ def test_prefixes(parts, monkeypatch):
 
 def test_conditions(parts, monkeypatch):
     preset, panda, *generators = parts
-    conditioner, caches, asked = make_conditioner('EGMI mapper', panda, mapper_config(preset, panda, *generators)), cache_prefixes(panda, TEXTS, progress=False), []
-    wanted = predict_conditions(conditioner, panda, caches)
-    monkeypatch.setattr(panda, 'tail', holding(3, panda.tail, asked))
-    with pytest.warns(UserWarning, match='going on with 2$'): found = predict_conditions(conditioner, panda, caches)
+    asked = []
+    conditioner = make_conditioner('EGMI mapper', panda, mapper_config(preset, panda, *generators))
+    prefixes = cache_prefixes(panda, TEXTS, progress=False)
+    wanted = predict_conditions(conditioner, panda, prefixes)
+    monkeypatch.setattr(egmi.training, 'run_tail', holding(3, run_tail, asked, position=1))
+    with pytest.warns(UserWarning, match='going on with 2$'):
+        found = predict_conditions(conditioner, panda, prefixes)
     assert asked == [5, 2, 2, 1]
     same(found.image, wanted.image)
     same(found.audio, wanted.audio)
 
 
-def test_targets(parts, monkeypatch):
-    *_, stable_diffusion, audioldm = parts
-    wanted, asked = text_targets(stable_diffusion, audioldm, TEXTS), []
-    monkeypatch.setattr(stable_diffusion, '_embed', holding(1, stable_diffusion._embed, asked))
-    with pytest.warns(UserWarning) as said: found = text_targets(stable_diffusion, audioldm, TEXTS)
-    assert [str(w.message) for w in said] == [f'targets: out of memory with {n} at once, going on with {n // 2}' for n in (5, 2)]
+def running_out(generator, function, most, monkeypatch):
+    "The sizes that are asked of a function of a generator, which has memory for `most` rows."
+    asked = []
+    monkeypatch.setattr(generator, function, holding(most, getattr(generator, function), asked))
+    return asked
+
+
+@pytest.mark.parametrize('which', [2, 3], ids=['image', 'audio'])
+def test_targets(which, parts, monkeypatch):
+    generator = parts[which]
+    wanted = generator.encode_captions(TEXTS)
+    asked = running_out(generator, '_embed', 1, monkeypatch)
+    with pytest.warns(UserWarning) as said:
+        found = generator.encode_captions(TEXTS)
+    assert [str(w.message) for w in said] == [
+        f'captions: out of memory with {n} at once, going on with {n // 2}' for n in (5, 2)]
     assert asked == [5, 2, 1, 1, 1, 1, 1]
-    same(found.image, wanted.image)
-    assert torch.equal(found.audio, wanted.audio)
+    same(found, wanted)
 
 
-@pytest.mark.parametrize('part, most', [('_predict', 4), ('decode', 2)])
-def test_samples(part, most, parts, monkeypatch, tmp_path):
-    preset, _, stable_diffusion, audioldm = parts
-    conditions, options = text_targets(stable_diffusion, audioldm, TEXTS), dict(steps=2, progress=False)
-    wanted = generate_samples(conditions, stable_diffusion, audioldm, preset, tmp_path/'wanted.npz', **options)
-    for generator in (stable_diffusion, audioldm): monkeypatch.setattr(generator, part, holding(most, getattr(generator, part), []))
-    with pytest.warns(UserWarning) as said: found = generate_samples(conditions, stable_diffusion, audioldm, preset, tmp_path/'found.npz', **options)
-    assert [str(w.message) for w in said] == [f'{made} 0-5: out of memory with 5 at once, going on with 2' for made in ('pictures', 'sounds')]
-    assert np.abs(found.images.astype(int) - wanted.images).max() <= 1
-    np.testing.assert_allclose(found.audio, wanted.audio, atol=1e-4)
+def generate(generator):
+    "What a generator makes of the five captions, as an array."
+    condition = generator.encode_captions(TEXTS)
+    made = generator.generate(condition, generator=generators_for(range(5)), steps=2, progress=False)
+    return np.stack(made).astype(float)
 
 
-def test_one_row_that_does_not_fit_is_an_error(parts, monkeypatch, tmp_path):
-    preset, _, stable_diffusion, audioldm = parts
-    conditions = text_targets(stable_diffusion, audioldm, TEXTS[:2])
-    monkeypatch.setattr(audioldm, '_predict', holding(1, audioldm._predict, []))
+@pytest.mark.parametrize('function, most', [('_predict', 4), ('decode', 2)])
+@pytest.mark.parametrize('which, tolerance', [(2, 1), (3, 1e-3)], ids=['image', 'audio'])
+def test_samples(which, tolerance, function, most, parts, monkeypatch):
+    generator = parts[which]
+    wanted = generate(generator)
+    running_out(generator, function, most, monkeypatch)
+    with pytest.warns(UserWarning) as said:
+        found = generate(generator)
+    name = type(generator).__name__
+    assert [str(w.message) for w in said] == [f'{name}: out of memory with 5 at once, going on with 2']
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize('function', ['encode_audio', '_predict', 'decode'])
+def test_edits(function, parts, monkeypatch):
+    audioldm = parts[3]
+    condition = audioldm.encode_captions(TEXTS[:3])
+    waves = .1 * np.random.default_rng(0).normal(size=(3, 8000)).astype(np.float32)
+
+    def edit():
+        return audioldm.edit(condition, waves, generator=generators_for(range(3)), steps=4, progress=False)
+
+    wanted = edit()
+    running_out(audioldm, function, 2, monkeypatch)
+    with pytest.warns(UserWarning, match='out of memory with 3 at once, going on with 1$'):
+        found = edit()
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)
+
+
+def test_one_row_that_does_not_fit_is_an_error(parts, monkeypatch):
+    audioldm = parts[3]
+    running_out(audioldm, '_predict', 1, monkeypatch)
     with pytest.warns(UserWarning), pytest.raises(torch.OutOfMemoryError, match='GPU 0 has a total capacity'):
-        generate_samples(conditions, stable_diffusion, audioldm, preset, tmp_path/'samples.npz', steps=2, progress=False)
-    assert not list(tmp_path.iterdir())
+        generate(audioldm)
