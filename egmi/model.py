@@ -123,6 +123,7 @@ def check_counts(
         raise ValueError(f'there is nothing to generate: {", ".join(counts)} is empty')
     return min(counts.values())
 
+# %% ../nbs/paper/05_model.ipynb #04e47798
 @patch
 def prompts(
     self:EGMI,
@@ -355,6 +356,7 @@ def find_trained(
     read_tensors(folder/'model.safetensors') # small, and read before the frozen parts are
     return folder, preset
 
+# %% ../nbs/paper/05_model.ipynb #be345c34
 def load_conditioner(
     folder,         # written by `save_conditioner`
     panda:PandaGPT  # its LLM gives the width of the token rows
@@ -405,6 +407,7 @@ def mapper_config(
     d_llm = panda.llm.config.hidden_size
     return MapperConfig(d_llm=d_llm, n_queries=n_queries, d_clip=d_clip, d_clap=d_clap, **preset.mapper)
 
+# %% ../nbs/paper/05_model.ipynb #25b31338
 @patch(cls_method=True)
 def from_pretrained(
     cls:EGMI,

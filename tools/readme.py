@@ -12,14 +12,22 @@ DIRECTIVE = re.compile(r'^#\|\s*(\w+)(?::\s*(\w+))?.*\n?', re.MULTILINE)
 LINK = re.compile(r'(\]\(|\b(?:src|href)=")(?!\w+:|#|/)([^)"]+)')
 
 
+def link_from_root(text):
+    "Links relative to nbs/ as links relative to the repository."
+    return LINK.sub(lambda match: match[1] + normpath(join('nbs', match[2])), text)
+
+
 def visible(cell):
     "The cell as the reader sees it: directives obeyed, then removed; None when nothing is left."
     if cell.cell_type == 'markdown':
-        cell.source = LINK.sub(lambda m: m[1] + normpath(join('nbs', m[2])), cell.source)  # links are relative to nbs/
+        cell.source = link_from_root(cell.source)
         return cell
     directives = dict(DIRECTIVE.findall(cell.source))
     if cell.cell_type == 'raw' or 'hide' in directives or directives.get('include') == 'false': return None
     if directives.get('output') == 'false': cell.outputs = []
+    for output in cell.get('outputs', []):
+        data = output.get('data', {})
+        if 'text/markdown' in data: data['text/markdown'] = link_from_root(data['text/markdown'])
     cell.source = '' if directives.get('echo') == 'false' else DIRECTIVE.sub('', cell.source)
     return cell if cell.source or cell.outputs else None
 
