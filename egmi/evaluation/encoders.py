@@ -4,15 +4,12 @@
 
 # %% auto #0
 __all__ = ['LEFT_OUT', 'RENAMED', 'HTSAT_TINY', 'embed_in_batches', 'text_vectors', 'TransformersClip', 'OpenClip',
-           'rounded_to_int16', 'Clap', 'from_laion', 'read_laion', 'shielded', 'LaionClap', 'load_clip', 'load_clap']
+           'rounded_to_int16', 'Clap', 'from_laion', 'read_laion', 'load_clip', 'load_clap']
 
 # %% ../../nbs/evaluation/03_encoders.ipynb #26993e0d
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from unittest import mock
 import pickle
 import re
-import sys
 
 import numpy as np
 import open_clip
@@ -20,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from transformers import (
-    AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, BartTokenizer, BertTokenizer, CLIPModel,
-    ClapConfig, ClapFeatureExtractor, ClapModel, RobertaConfig, RobertaModel, RobertaTokenizer)
+    AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, CLIPModel, ClapConfig, ClapFeatureExtractor,
+    ClapModel)
 
 from ..base.audio import as_wave, resample
 from ..base.checks import list_texts
@@ -36,8 +33,12 @@ def embed_in_batches(
     batch_size:int=64 # at once, fewer where memory runs out
 )->np.ndarray:        # [N, D], each of length 1
     "Embed many rows, a batch at a time"
-    vectors = lambda some: F.normalize(embed(rows[some]), dim=-1).cpu().numpy()
-    with torch.no_grad(): return np.concatenate(in_batches(vectors, len(rows), batch_size, 'embeddings', progress=False))
+    def unit_vectors(some):
+        return F.normalize(embed(rows[some]), dim=-1).cpu().numpy()
+
+    with torch.no_grad():
+        batches = in_batches(unit_vectors, len(rows), batch_size, 'embeddings', progress=False)
+    return np.concatenate(batches)
 
 # %% ../../nbs/evaluation/03_encoders.ipynb #73775a36
 def text_vectors(
@@ -46,8 +47,11 @@ def text_vectors(
     texts:list[str]
 )->np.ndarray:       # [N, D]
     "Texts as unit vectors"
-    tokens = lambda x: tokenizer(x, padding=True, truncation=True, return_tensors='pt').to(model.device)
-    return embed_in_batches(lambda x: model.get_text_features(**tokens(x)).pooler_output, list_texts(texts))
+    def embed(some):
+        tokens = tokenizer(some, padding=True, truncation=True, return_tensors='pt').to(model.device)
+        return model.get_text_features(**tokens).pooler_output
+
+    return embed_in_batches(embed, list_texts(texts))
 
 # %% ../../nbs/evaluation/03_encoders.ipynb #4d252948
 class TransformersClip:
@@ -57,14 +61,19 @@ class TransformersClip:
         device='cpu'
     ):
         self.model = load_whole(CLIPModel, folder, dtype=torch.float32).to(device).eval()
-        self.tokenizer, self.pixels = load_part(AutoTokenizer, folder), load_part(AutoImageProcessor, folder)
+        self.tokenizer = load_part(AutoTokenizer, folder)
+        self.pixels = load_part(AutoImageProcessor, folder)
 
     def embed_images(self,
         images        # N that `as_rgb` takes
     )->np.ndarray:    # [N, D]
         "Pictures as unit vectors"
-        pixels = lambda x: self.pixels(images=list(map(as_rgb, x)), return_tensors='pt').to(self.model.device)
-        return embed_in_batches(lambda x: self.model.get_image_features(**pixels(x)).pooler_output, images)
+        def embed(some):
+            pictures = [as_rgb(image) for image in some]
+            pixels = self.pixels(images=pictures, return_tensors='pt').to(self.model.device)
+            return self.model.get_image_features(**pixels).pooler_output
+
+        return embed_in_batches(embed, images)
 
     def embed_texts(self,
         texts:list[str]
@@ -78,35 +87,48 @@ class OpenClip:
     def __init__(self,
         path,                          # state dict: `.pt`, `.bin` or `.safetensors`
         device='cpu',
-        name:str='ViT-L-14-quickgelu'  # one of `open_clip.list_models()`; ends in -quickgelu for weights from OpenAI
+        name:str='ViT-L-14-quickgelu'  # of `open_clip.list_models()`; -quickgelu for weights from OpenAI
     ):
-        if not Path(path).is_file(): raise FileNotFoundError(f'{path} is not a file: give the state dict of {name}')
-        try: self.model, _, self.pixels = open_clip.create_model_and_transforms(name, pretrained=str(path), device=device)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as e: raise ValueError(
-            f'{path} is not a state dict of {name}: choose the right name, or turn a TorchScript archive into one with '
-            f"torch.save(open_clip.load_openai_model(path, 'fp32', 'cpu').state_dict(), new_path)") from e
-        self.model.eval()
-        self.device, self.tokenizer = device, open_clip.get_tokenizer(name)
+        if not Path(path).is_file():
+            raise FileNotFoundError(f'{path} is not a file: give the state dict of {name}')
+        try:
+            model, _, self.pixels = open_clip.create_model_and_transforms(
+                name, pretrained=str(path), device=device)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as e:
+            raise ValueError(
+                f'{path} is not a state dict of {name}: choose the right name, or turn a TorchScript archive '
+                "into one with torch.save(open_clip.load_openai_model(path, 'fp32', 'cpu').state_dict(), "
+                'new_path)') from e
+        self.model = model.eval()
+        self.device = device
+        self.tokenizer = open_clip.get_tokenizer(name)
 
     def embed_images(self,
         images        # N that `as_rgb` takes
     )->np.ndarray:    # [N, D]
         "Pictures as unit vectors"
-        pixels = lambda x: torch.stack([self.pixels(as_rgb(i)) for i in x]).to(self.device)
-        return embed_in_batches(lambda x: self.model.encode_image(pixels(x)), images)
+        def embed(some):
+            pixels = torch.stack([self.pixels(as_rgb(image)) for image in some])
+            return self.model.encode_image(pixels.to(self.device))
+
+        return embed_in_batches(embed, images)
 
     def embed_texts(self,
         texts:list[str]
     )->np.ndarray:      # [N, D]
         "Texts as unit vectors"
-        return embed_in_batches(lambda x: self.model.encode_text(self.tokenizer(x).to(self.device)), list_texts(texts))
+        def embed(some):
+            return self.model.encode_text(self.tokenizer(some).to(self.device))
+
+        return embed_in_batches(embed, list_texts(texts))
 
 # %% ../../nbs/evaluation/03_encoders.ipynb #92b73a05
 def rounded_to_int16(
     wave_T:np.ndarray # float samples between -1 and 1; others are clipped
 )->np.ndarray:        # float32 [T]
     "Samples as a 16-bit file would keep them"
-    return (np.clip(wave_T, -1, 1) * 32767).astype(np.int16).astype(np.float32) / np.float32(32767)
+    samples_T = (np.clip(wave_T, -1, 1) * 32767).astype(np.int16)
+    return samples_T.astype(np.float32) / np.float32(32767)
 
 # %% ../../nbs/evaluation/03_encoders.ipynb #aba92222
 class Clap:
@@ -117,16 +139,22 @@ class Clap:
         mels:ClapFeatureExtractor,
         int16:bool=False           # round samples to 16 bits
     ):
-        self.model, self.tokenizer, self.mels, self.int16 = model, tokenizer, mels, int16
+        self.model = model
+        self.tokenizer = tokenizer
+        self.mels = mels
+        self.int16 = int16
 
     def embed_sounds(self,
         waves,           # N waveforms as `as_wave` takes them
         sample_rate:int  # of all of them, in Hz
     )->np.ndarray:       # [N, D]
         "Sounds as unit vectors"
-        prepared = lambda x: [self.prepare(wave_T, sample_rate) for wave_T in x]
-        mels = lambda x: self.mels(prepared(x), sampling_rate=self.mels.sampling_rate, return_tensors='pt').to(self.model.device)
-        return embed_in_batches(lambda x: self.model.get_audio_features(**mels(x)).pooler_output, waves)
+        def embed(some):
+            prepared = [self.prepare(wave, sample_rate) for wave in some]
+            mels = self.mels(prepared, sampling_rate=self.mels.sampling_rate, return_tensors='pt')
+            return self.model.get_audio_features(**mels.to(self.model.device)).pooler_output
+
+        return embed_in_batches(embed, waves)
 
     def embed_texts(self,
         texts:list[str]
@@ -137,7 +165,7 @@ class Clap:
     def prepare(self,
         wave,            # as `as_wave` takes it
         sample_rate:int  # in Hz
-    )->np.ndarray:       # float32 [T], at the model's rate, no longer than it hears
+    )->np.ndarray:       # float32 [T], at the model's rate, no longer than its input
         "Resample, cut and round a sound"
         wave_T = resample(as_wave(wave), sample_rate, self.mels.sampling_rate)[:self.mels.nb_max_samples]
         return rounded_to_int16(wave_T) if self.int16 else wave_T
@@ -153,11 +181,21 @@ def from_pretrained(cls:Clap,
     return cls(model, load_part(AutoTokenizer, folder), load_part(AutoFeatureExtractor, folder))
 
 # %% ../../nbs/evaluation/03_encoders.ipynb #12781dee
-LEFT_OUT = re.compile(r'(text|audio)_transform\.|audio_branch\.(tscam_conv|head|spectrogram_extractor|logmel_extractor)\.|'
-                      r'(.*\.)?attn_mask$|text_branch\.embeddings\.\w+_ids$')
-RENAMED = {'text_branch.': 'text_model.', 'audio_branch.': 'audio_model.audio_encoder.', '.attn.proj.': '.attention.output.dense.',
-           '.attn.': '.attention.self.', '.mlp.fc1.': '.intermediate.dense.', '.mlp.fc2.': '.output.dense.', '.norm1.': '.layernorm_before.',
-           '.norm2.': '.layernorm_after.', '.bn0.': '.batch_norm.', '_projection.0.': '_projection.linear1.', '_projection.2.': '_projection.linear2.'}
+LEFT_OUT = re.compile(
+    r'(text|audio)_transform\.|audio_branch\.(tscam_conv|head|spectrogram_extractor|logmel_extractor)\.|'
+    r'(.*\.)?attn_mask$|text_branch\.embeddings\.\w+_ids$')
+RENAMED = {
+    'text_branch.': 'text_model.',
+    'audio_branch.': 'audio_model.audio_encoder.',
+    '.attn.proj.': '.attention.output.dense.',
+    '.attn.': '.attention.self.',
+    '.mlp.fc1.': '.intermediate.dense.',
+    '.mlp.fc2.': '.output.dense.',
+    '.norm1.': '.layernorm_before.',
+    '.norm2.': '.layernorm_after.',
+    '.bn0.': '.batch_norm.',
+    '_projection.0.': '_projection.linear1.',
+    '_projection.2.': '_projection.linear2.'}
 
 def from_laion(
     state:dict # `laion_clap`'s parameter name -> tensor
@@ -166,10 +204,15 @@ def from_laion(
     converted = {}
     for name, value in state.items():
         name = name.removeprefix('module.')
-        if LEFT_OUT.match(name): continue
-        for old, new in RENAMED.items(): name = name.replace(old, new)
-        parts = ('query', 'key', 'value') if '.qkv.' in name else ()
-        converted |= {name.replace('qkv', part): t for part, t in zip(parts, value.chunk(3))} if parts else {name: value}
+        if LEFT_OUT.match(name):
+            continue
+        for old, new in RENAMED.items():
+            name = name.replace(old, new)
+        if '.qkv.' not in name:
+            converted[name] = value
+            continue
+        for part, t in zip(('query', 'key', 'value'), value.chunk(3)):
+            converted[name.replace('qkv', part)] = t
     return converted
 
 # %% ../../nbs/evaluation/03_encoders.ipynb #9664d274
@@ -178,11 +221,12 @@ def read_laion(
 )->dict: # its parameter name -> tensor
     "The weights in a checkpoint of CLAP"
     saved = read_checkpoint(path)
-    if 'state_dict' not in saved: raise ValueError(f"{path} has no 'state_dict': give a checkpoint that laion_clap wrote")
+    if 'state_dict' not in saved:
+        raise ValueError(f"{path} has no 'state_dict': give a checkpoint that laion_clap wrote")
     return saved['state_dict']
 
 # %% ../../nbs/evaluation/03_encoders.ipynb #b28b7235
-HTSAT_TINY = ClapConfig(text_config=dict(layer_norm_eps=1e-5)) # as in RoBERTa-base; ClapConfig itself has 1e-12
+HTSAT_TINY = ClapConfig(text_config=dict(layer_norm_eps=1e-5)) # as RoBERTa-base; ClapConfig has 1e-12
 
 @patch(cls_method=True)
 def from_official(cls:Clap,
@@ -196,57 +240,8 @@ def from_official(cls:Clap,
     ids = {name: t for name, t in model.state_dict().items() if name.endswith('_ids')}
     load_strictly(model, from_laion(read_laion(path)) | ids, path)
     mels = ClapFeatureExtractor(frequency_min=50, truncation='rand_trunc', padding='repeatpad')
-    return cls(model.float().to(device).eval(), load_part(AutoTokenizer, tokenizer, model_max_length=77), mels, int16=True)
-
-# %% ../../nbs/evaluation/03_encoders.ipynb #12e0da04
-@contextmanager
-def shielded(
-    config:ClapConfig=HTSAT_TINY # its text half has the sizes of RoBERTa
-):
-    "Keep `laion_clap` from the command line and the hub while it is imported and built"
-    roberta = lambda name: RobertaModel(RobertaConfig.from_dict(config.text_config.to_dict()))
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(sys, 'argv', sys.argv[:1]))
-        stack.enter_context(mock.patch.object(RobertaModel, 'from_pretrained', roberta))
-        for tokenizer in (BartTokenizer, BertTokenizer, RobertaTokenizer):
-            stack.enter_context(mock.patch.object(tokenizer, 'from_pretrained', lambda name: None))
-        yield
-
-# %% ../../nbs/evaluation/03_encoders.ipynb #55fdac15
-class LaionClap:
-    "CLAP as `laion_clap` runs it, with what `Clap` offers"
-    def __init__(self,
-        path,                         # `630k-audioset-best.pt`, or another one without fusion
-        device='cpu',
-        tokenizer='roberta-base',     # folder or hub id with RoBERTa's vocabulary
-        config:ClapConfig=HTSAT_TINY  # its text half has the sizes of RoBERTa
-    ):
-        with shielded(config):
-            try: from laion_clap import CLAP_Module
-            except ImportError as e: raise ImportError(f"laion_clap cannot be imported ({e}): pip install 'egmi[paper]', then "
-                                                       'pip install --no-deps laion_clap==1.1.7') from e
-            self.module = CLAP_Module(device='cpu')
-        load_strictly(self.module.model, {name.removeprefix('module.'): t for name, t in read_laion(path).items() if not name.endswith('_ids')}, path)
-        self.module.float().to(device).eval()
-        self.tokenizer = load_part(AutoTokenizer, tokenizer, model_max_length=77)
-        self.mels, self.int16 = ClapFeatureExtractor(), False
-
-    prepare = Clap.prepare
-
-    def embed_sounds(self,
-        waves,           # N float waveforms, mono
-        sample_rate:int  # of all of them, in Hz
-    )->np.ndarray:       # [N, D]
-        "Sounds as unit vectors"
-        embed = lambda x: self.module.get_audio_embedding_from_data([self.prepare(wave_T, sample_rate) for wave_T in x])
-        return embed_in_batches(lambda x: torch.from_numpy(embed(x)), waves)
-
-    def embed_texts(self,
-        texts:list[str]
-    )->np.ndarray:      # [N, D]
-        "Texts as unit vectors"
-        tokens = lambda x: self.tokenizer(x, padding='max_length', truncation=True, return_tensors='pt')
-        return embed_in_batches(lambda x: self.module.model.get_text_embedding(tokens(x)), list_texts(texts))
+    tokenizer = load_part(AutoTokenizer, tokenizer, model_max_length=77)
+    return cls(model.float().to(device).eval(), tokenizer, mels, int16=True)
 
 # %% ../../nbs/evaluation/03_encoders.ipynb #a3010002
 def load_clip(

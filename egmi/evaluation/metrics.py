@@ -4,13 +4,11 @@
 
 # %% auto #0
 __all__ = ['KL_EPSILON', 'DECIBELS', 'as_array', 'as_matrix', 'as_features', 'same_shape', 'trace_sqrt', 'frechet_distance',
-           'Extrapolation', 'frechet_infinity', 'squared_distances', 'kernel_distance', 'precision_recall',
-           'inception_score', 'kl_of_pairs', 'kl_divergence', 'cosine_similarity', 'triangular_filters', 'high_passed',
-           'band_powers', 'mel_cepstra', 'warped_mean', 'distance_bound', 'mel_cepstral_distortion']
+           'squared_distances', 'mean_similarity_within', 'kernel_distance', 'inception_score', 'kl_of_pairs',
+           'kl_divergence', 'cosine_similarity', 'hz_to_mel', 'triangular_filters', 'high_passed', 'band_powers',
+           'frames_of', 'mel_cepstra', 'warped_mean', 'distance_bound', 'mel_cepstral_distortion']
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #5299d5f7
-from dataclasses import dataclass
-
 import numpy as np
 from fastcore.meta import delegates
 from scipy.fft import dct, rfft
@@ -25,9 +23,13 @@ def as_array(
     name:str # what to call it in an error
 )->np.ndarray:
     "The values as a float64 array, all of them finite"
-    x = x.detach().cpu().double().numpy() if hasattr(x, 'detach') else np.asarray(x, dtype=np.float64)
-    if not x.size: raise ValueError(f'{name} is empty')
-    if not np.isfinite(x).all(): raise ValueError(f'{name} holds NaN or infinite values')
+    if hasattr(x, 'detach'):
+        x = x.detach().cpu().double().numpy()
+    x = np.asarray(x, dtype=np.float64)
+    if not x.size:
+        raise ValueError(f'{name} is empty')
+    if not np.isfinite(x).all():
+        raise ValueError(f'{name} holds NaN or infinite values')
     return x
 
 def as_matrix(
@@ -37,25 +39,36 @@ def as_matrix(
 )->np.ndarray:
     "The values as a float64 matrix, one sample a row"
     x_ND = as_array(x, name)
-    if x_ND.ndim != 2: raise ValueError(f'{name} must be a matrix with one sample a row, not of shape {x_ND.shape}')
-    if len(x_ND) < min_rows: raise ValueError(f'{name} has {len(x_ND)} row{"s" * (len(x_ND) > 1)}, but at least {min_rows} are needed')
+    if x_ND.ndim != 2:
+        raise ValueError(f'{name} must be a matrix with one sample a row, not of shape {x_ND.shape}')
+    if len(x_ND) < min_rows:
+        rows = 'row' if len(x_ND) == 1 else 'rows'
+        raise ValueError(f'{name} has {len(x_ND)} {rows}, but at least {min_rows} are needed')
     return x_ND
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #10be4dfc
 def as_features(
-    x_ND,          # features of one set
-    y_MD,          # features of the other, by the same network
-    min_rows:int=2
+    x_ND, # features of one set
+    y_MD  # features of the other, by the same network
 )->tuple[np.ndarray, np.ndarray]:
     "Two sets that can be compared: finite, equally wide, neither of them one sample repeated"
-    x_ND, y_MD = as_matrix(x_ND, 'x_ND', min_rows), as_matrix(y_MD, 'y_MD', min_rows)
-    if x_ND.shape[1] != y_MD.shape[1]: raise ValueError(f'x_ND and y_MD have different widths: {x_ND.shape[1]} and {y_MD.shape[1]}')
-    for name, s in (('x_ND', x_ND), ('y_MD', y_MD)):
-        if (s == s[0]).all(): raise ValueError(f'{name} is the same in all {len(s)} rows: look at what was embedded, it may be silent or black throughout')
+    x_ND = as_matrix(x_ND, 'x_ND')
+    y_MD = as_matrix(y_MD, 'y_MD')
+    if x_ND.shape[1] != y_MD.shape[1]:
+        raise ValueError(f'x_ND and y_MD have different widths: {x_ND.shape[1]} and {y_MD.shape[1]}')
+    for name, features in (('x_ND', x_ND), ('y_MD', y_MD)):
+        if (features == features[0]).all():
+            raise ValueError(f'{name} is the same in all {len(features)} rows: look at what was embedded, '
+                             'it may be silent or black throughout')
     return x_ND, y_MD
 
-def same_shape(a_ND, b_ND, a_name, b_name):
-    "Row i of one belongs to row i of the other"
+def same_shape(
+    a_ND:np.ndarray,
+    b_ND:np.ndarray,
+    a_name:str, # for errors
+    b_name:str
+):
+    "ValueError unless row i of one can belong to row i of the other"
     if a_ND.shape != b_ND.shape:
         raise ValueError(f'{a_name} and {b_name} must pair row by row: shapes {a_ND.shape} and {b_ND.shape}')
 
@@ -65,10 +78,12 @@ def trace_sqrt(
     y_MD:np.ndarray  # centred and divided by sqrt(M - 1)
 )->float:
     "Tr sqrt(S_x S_y) of two covariances given by their factors"
-    if min(len(x_ND), len(y_MD)) <= x_ND.shape[1]: return svdvals(x_ND @ y_MD.T).sum()
+    if min(len(x_ND), len(y_MD)) <= x_ND.shape[1]:
+        return svdvals(x_ND @ y_MD.T).sum()
     eigenvalues_D, vectors_DD = np.linalg.eigh(x_ND.T @ x_ND)
     root_DD = vectors_DD * np.sqrt(eigenvalues_D.clip(0))
-    return np.sqrt(np.linalg.eigvalsh(root_DD.T @ (y_MD.T @ y_MD) @ root_DD).clip(0)).sum()
+    product_DD = root_DD.T @ (y_MD.T @ y_MD) @ root_DD
+    return np.sqrt(np.linalg.eigvalsh(product_DD).clip(0)).sum()
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #35a74f5c
 def frechet_distance(
@@ -78,40 +93,26 @@ def frechet_distance(
     "Fréchet distance of the Gaussians of two feature sets (unbiased covariances)"
     x_ND, y_MD = as_features(x_ND, y_MD)
     shift_D = x_ND.mean(0) - y_MD.mean(0)
-    x_ND, y_MD = ((s - s.mean(0)) / np.sqrt(len(s) - 1) for s in (x_ND, y_MD))
+    x_ND = (x_ND - x_ND.mean(0)) / np.sqrt(len(x_ND) - 1)
+    y_MD = (y_MD - y_MD.mean(0)) / np.sqrt(len(y_MD) - 1)
     distance = shift_D @ shift_D + (x_ND**2).sum() + (y_MD**2).sum() - 2 * trace_sqrt(x_ND, y_MD)
     return max(float(distance), 0.)
 
-# %% ../../nbs/evaluation/01_metrics.ipynb #96f7f8d4
-@dataclass(frozen=True)
-class Extrapolation:
-    "A straight line through distances over 1 / size"
-    value: float            # at infinitely many samples
-    slope: float            # what one sample more in 1 / size adds
-    sizes_P: np.ndarray     # samples of each subset
-    distances_P: np.ndarray # of the subsets
-
-# %% ../../nbs/evaluation/01_metrics.ipynb #29273f50
-def frechet_infinity(
-    x_ND,               # features of the reference
-    y_MD,               # features of the evaluated set, of which subsets are drawn
-    points:int=15,      # subsets, evenly spaced in size up to the whole set
-    smallest:float=.2,  # size of the smallest, as a share of the set
-    seed:int=0          # of the draws
-)->Extrapolation:
-    "Fréchet distance extrapolated to infinitely many evaluated samples (FAD-infinity)"
-    x_ND, y_MD = as_features(x_ND, y_MD)
-    if points < 2: raise ValueError(f'points must be 2 or more to fit a line, not {points}')
-    if not 2 <= smallest * len(y_MD) < len(y_MD): raise ValueError(f'smallest must be a share between {2 / len(y_MD):.3g} (two rows of y_MD) and 1, not {smallest}')
-    rng, sizes_P = np.random.default_rng(seed), np.linspace(smallest * len(y_MD), len(y_MD), points).astype(int)
-    distances_P = np.array([frechet_distance(x_ND, rng.permutation(y_MD)[:n]) for n in sizes_P])
-    slope, value = np.polyfit(1 / sizes_P, distances_P, 1)
-    return Extrapolation(float(value), float(slope), sizes_P, distances_P)
-
 # %% ../../nbs/evaluation/01_metrics.ipynb #f903b8a4
-def squared_distances(x_ND:np.ndarray, y_MD:np.ndarray)->np.ndarray: # [N, M]
+def squared_distances(
+    x_ND:np.ndarray,
+    y_MD:np.ndarray
+)->np.ndarray: # [N, M]
     "Squared Euclidean distances by one matrix product"
-    return ((x_ND**2).sum(1)[:, None] + (y_MD**2).sum(1) - 2 * x_ND @ y_MD.T).clip(0)
+    squares_NM = (x_ND**2).sum(1)[:, None] + (y_MD**2).sum(1)
+    return (squares_NM - 2 * x_ND @ y_MD.T).clip(0)
+
+def mean_similarity_within(
+    similarity_NN:np.ndarray # of a set to itself, 1 on the diagonal
+)->float:
+    "Mean over all pairs of two different samples"
+    n = len(similarity_NN)
+    return (similarity_NN.sum() - n) / (n * (n - 1))
 
 def kernel_distance(
     x_ND, # features of the reference set, which decides the bandwidth
@@ -119,26 +120,20 @@ def kernel_distance(
 )->float: # around 0 for one distribution, slightly negative values included
     "Kernel audio distance: unbiased squared MMD with a Gaussian kernel, times 100"
     x_ND, y_MD = as_features(x_ND, y_MD)
-    x_ND, y_MD = x_ND - x_ND.mean(0), y_MD - x_ND.mean(0)
-    xx_NN, yy_MM, xy_NM = squared_distances(x_ND, x_ND), squared_distances(y_MD, y_MD), squared_distances(x_ND, y_MD)
+    centre_D = x_ND.mean(0)
+    x_ND, y_MD = x_ND - centre_D, y_MD - centre_D
+    xx_NN = squared_distances(x_ND, x_ND)
     bandwidth = np.median(np.sqrt(xx_NN[np.triu_indices(len(x_ND), 1)]))
-    if bandwidth == 0: raise ValueError('most rows of x_ND are equal, so the kernel has no bandwidth')
-    similarity = lambda d2: np.exp(-d2 / (2 * bandwidth**2))
-    pairs = lambda d2: (similarity(d2).sum() - len(d2)) / (len(d2) * (len(d2) - 1))
-    return float(100 * (pairs(xx_NN) + pairs(yy_MM) - 2 * similarity(xy_NM).mean()))
+    if bandwidth == 0:
+        raise ValueError('most rows of x_ND are equal, so the kernel has no bandwidth')
 
-# %% ../../nbs/evaluation/01_metrics.ipynb #77c46e66
-def precision_recall(
-    x_ND,            # features of the reference
-    y_MD,            # features of the generated set
-    neighbours:int=3 # whose distance is the radius of a ball
-)->tuple[float, float]: # shares, from 0 to 1
-    "How much of what is generated is realistic, and how much of the reference it covers"
-    x_ND, y_MD = as_features(x_ND, y_MD, min_rows=neighbours + 1)
-    x_ND, y_MD = x_ND - x_ND.mean(0), y_MD - x_ND.mean(0)
-    radius = lambda s: np.partition(squared_distances(s, s), neighbours, axis=1)[:, neighbours]
-    xy_NM = squared_distances(x_ND, y_MD)
-    return float((xy_NM <= radius(x_ND)[:, None]).any(0).mean()), float((xy_NM <= radius(y_MD)).any(1).mean())
+    def similarity(squared):
+        return np.exp(-squared / (2 * bandwidth**2))
+
+    within_x = mean_similarity_within(similarity(xx_NN))
+    within_y = mean_similarity_within(similarity(squared_distances(y_MD, y_MD)))
+    between = similarity(squared_distances(x_ND, y_MD)).mean()
+    return float(100 * (within_x + within_y - 2 * between))
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #256e7e5c
 def inception_score(
@@ -149,13 +144,16 @@ def inception_score(
     "Inception score"
     logits_NC = as_matrix(logits_NC, 'logits_NC')
     n = len(logits_NC)
-    if not 1 <= splits <= n: raise ValueError(f'splits must be between 1 and the {n} rows of logits_NC, not {splits}')
-    log_p_NC = log_softmax(logits_NC[np.random.RandomState(seed).permutation(n)], axis=1)
+    if not 1 <= splits <= n:
+        raise ValueError(f'splits must be between 1 and the {n} rows of logits_NC, not {splits}')
+    order_N = np.random.RandomState(seed).permutation(n)
+    log_p_NC = log_softmax(logits_NC[order_N], axis=1)
     scores = []
     for i in range(splits):
         log_p = log_p_NC[i * n // splits:(i + 1) * n // splits]
         log_marginal_C = logsumexp(log_p, axis=0) - np.log(len(log_p))
-        scores.append(np.exp((np.exp(log_p) * (log_p - log_marginal_C)).sum(1).mean()))
+        divergence_N = (np.exp(log_p) * (log_p - log_marginal_C)).sum(1)
+        scores.append(np.exp(divergence_N.mean()))
     return float(np.mean(scores)), float(np.std(scores))
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #47a72dc0
@@ -172,7 +170,8 @@ def kl_of_pairs(
     same_shape(ref_NC, gen_NC, 'ref_logits_NC', 'gen_logits_NC')
     if not 0 <= epsilon < 1:
         raise ValueError(f'epsilon must lie between 0 and 1, not {epsilon}')
-    log_ref_NC, log_gen_NC = log_softmax(ref_NC, axis=1), log_softmax(gen_NC, axis=1)
+    log_ref_NC = log_softmax(ref_NC, axis=1)
+    log_gen_NC = log_softmax(gen_NC, axis=1)
     if epsilon:
         log_gen_NC = np.logaddexp(log_gen_NC, np.log(epsilon))
     return (np.exp(log_ref_NC) * (log_ref_NC - log_gen_NC)).sum(1)
@@ -191,13 +190,19 @@ def cosine_similarity(
     b_ND  # their partners, row by row
 )->np.ndarray: # [N], from -1 to 1; its mean is the usual score
     "Cosine of each pair of embeddings"
-    a_ND, b_ND = as_matrix(a_ND, 'a_ND', min_rows=1), as_matrix(b_ND, 'b_ND', min_rows=1)
+    a_ND = as_matrix(a_ND, 'a_ND', min_rows=1)
+    b_ND = as_matrix(b_ND, 'b_ND', min_rows=1)
     same_shape(a_ND, b_ND, 'a_ND', 'b_ND')
     lengths_N = np.linalg.norm(a_ND, axis=1) * np.linalg.norm(b_ND, axis=1)
-    if (lengths_N == 0).any(): raise ValueError(f'a_ND or b_ND is all zero in row {lengths_N.argmin()}: it has no direction')
+    if (lengths_N == 0).any():
+        raise ValueError(f'a_ND or b_ND is all zero in row {lengths_N.argmin()}: it has no direction')
     return (a_ND * b_ND).sum(1) / lengths_N
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #c1469a70
+def hz_to_mel(hz):
+    "The mel scale of O'Shaughnessy and HTK"
+    return 2595 * np.log10(1 + hz / 700)
+
 def triangular_filters(
     n_mels:int,          # bands
     n_fft:int,           # samples of a frame
@@ -206,12 +211,20 @@ def triangular_filters(
     high:float|None=None # Hz, where the last one ends; half the sample rate if not given
 )->np.ndarray:           # [F, K], F = n_fft // 2 + 1
     "Triangular filters, evenly spaced in mel"
-    high = sample_rate / 2 if high is None else high
-    if not 0 <= low < high <= sample_rate / 2: raise ValueError(f'low ({low} Hz) must lie below high ({high} Hz), and both between 0 and {sample_rate / 2:g}, half the sample rate')
-    edges = 700 * (10 ** (np.linspace(*(2595 * np.log10(1 + hz / 700) for hz in (low, high)), n_mels + 2) / 2595) - 1)
+    highest = sample_rate / 2
+    if high is None:
+        high = highest
+    if not 0 <= low < high <= highest:
+        raise ValueError(f'low ({low} Hz) must lie below high ({high} Hz), and both between 0 and '
+                         f'{highest:g}, half the sample rate')
+    mels = np.linspace(hz_to_mel(low), hz_to_mel(high), n_mels + 2)
+    edges = 700 * (10 ** (mels / 2595) - 1)
     bins_F = np.fft.rfftfreq(n_fft, 1 / sample_rate)
-    filters_FK = np.stack([np.interp(bins_F, edges[k:k + 3], [0, 1, 0]) for k in range(n_mels)], axis=1)
-    if not filters_FK.any(0).all(): raise ValueError(f'n_mels={n_mels} is too many for frames of {n_fft} samples at {sample_rate} Hz: some bands hold no frequency')
+    filters = [np.interp(bins_F, edges[k:k + 3], [0, 1, 0]) for k in range(n_mels)]
+    filters_FK = np.stack(filters, axis=1)
+    if not filters_FK.any(0).all():
+        raise ValueError(f'n_mels={n_mels} is too many for frames of {n_fft} samples at {sample_rate} Hz: '
+                         'some bands hold no frequency')
     return filters_FK
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #7d1c2ab5
@@ -226,8 +239,9 @@ def high_passed(
                          'half the sample rate')
     if cutoff == 0:
         return sound
+    sections = butter(2, cutoff, 'highpass', fs=sample_rate, output='sos')
     beyond = min(len(sound) - 1, round(3 * sample_rate / cutoff))  # samples that go on after either end
-    return sosfiltfilt(butter(2, cutoff, 'highpass', fs=sample_rate, output='sos'), sound, padlen=beyond)
+    return sosfiltfilt(sections, sound, padlen=beyond)
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #7d1c2ab7
 def band_powers(
@@ -235,13 +249,28 @@ def band_powers(
     filters_FK:np.ndarray # from `triangular_filters`
 )->np.ndarray:            # [T, K]
     "Power in each band of each frame, under a Hann window"
-    window_N, powers = np.hanning(frames_TN.shape[1] + 1)[:-1], []
+    window_N = np.hanning(frames_TN.shape[1] + 1)[:-1]
+    powers = []
     for i in range(0, len(frames_TN), 1000):
         spectrum_TF = rfft(frames_TN[i:i + 1000] * window_N)
-        powers.append((spectrum_TF.real**2 + spectrum_TF.imag**2) @ filters_FK)
+        power_TF = spectrum_TF.real**2 + spectrum_TF.imag**2
+        powers.append(power_TF @ filters_FK)
     return np.concatenate(powers)
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #89e13f35
+def frames_of(
+    sound:np.ndarray, # [samples] mono
+    n_fft:int,        # samples of a frame
+    step:int,         # samples from one to the next
+    name:str          # what to call it in an error
+)->np.ndarray:        # [T, n_fft], a view
+    "Frames of a sound; what is left over at the end is dropped"
+    if sound.ndim != 1:
+        raise ValueError(f'{name} must be mono, of shape [samples], not {sound.shape}')
+    if len(sound) < n_fft:
+        raise ValueError(f'{name} has {len(sound)} samples, less than one frame of {n_fft}')
+    return np.lib.stride_tricks.sliding_window_view(sound, n_fft)[::step]
+
 def mel_cepstra(
     sound,                    # [samples] mono waveform
     sample_rate:int,          # Hz
@@ -265,17 +294,16 @@ def mel_cepstra(
     if not 0 <= first < first + n_cepstra <= n_mels:
         raise ValueError(f'n_cepstra={n_cepstra} from first={first}: {n_mels} mel bands have the cepstra '
                          f'0 to {n_mels - 1}, and at least one is needed')
-    if sound.ndim != 1:
-        raise ValueError(f'{name} must be mono, of shape [samples], not {sound.shape}')
-    if len(sound) < n_fft:
-        raise ValueError(f'{name} has {len(sound)} samples, less than one frame of {n_fft}')
+    frames_of(sound, n_fft, step, name)
     filters_FK = triangular_filters(n_mels, n_fft, sample_rate, low, high)
     heard = high_passed(sound, sample_rate, highpass)
-    power_TK = band_powers(np.lib.stride_tricks.sliding_window_view(heard, n_fft)[::step], filters_FK)
+    power_TK = band_powers(frames_of(heard, n_fft, step, name), filters_FK)
     if power_TK.max() <= (1e-7 * np.abs(sound).max())**2:
         raise ValueError(f'{name} is silent')
-    amplitude_TK = .5 * np.log(np.maximum(power_TK, power_TK.max() * 10**(-dynamic_range / 10)))
-    return dct(amplitude_TK, axis=1, norm='ortho')[:, first:first + n_cepstra] * np.sqrt(2 / n_mels)
+    lowest = power_TK.max() * 10**(-dynamic_range / 10)
+    amplitude_TK = .5 * np.log(np.maximum(power_TK, lowest))
+    cepstra_TK = dct(amplitude_TK, axis=1, norm='ortho')
+    return cepstra_TK[:, first:first + n_cepstra] * np.sqrt(2 / n_mels)
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #ef7e355b
 def warped_mean(
@@ -309,7 +337,8 @@ def distance_bound(
 )->float:
     "No frame of one lies farther from a frame of the other"
     centre_K = (x_TK.mean(0) + y_UK.mean(0)) / 2
-    return sum(np.linalg.norm(s - centre_K, axis=1).max() for s in (x_TK, y_UK))
+    farthest = [np.linalg.norm(frames - centre_K, axis=1).max() for frames in (x_TK, y_UK)]
+    return sum(farthest)
 
 @delegates(mel_cepstra, but=['name'])
 def mel_cepstral_distortion(

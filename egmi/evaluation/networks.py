@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RATE', 'SHORTEST', 'EXAMPLE', 'at_16k', 'equal_lengths', 'full_precision', 'load_published', 'ConvBlock', 'Cnn14',
-           'at_least_two_seconds', 'hz_to_mel', 'vggish_mels', 'log_mel_examples', 'conv_relu', 'VGGish',
+           'at_least_two_seconds', 'vggish_scale', 'vggish_mels', 'log_mel_examples', 'conv_relu', 'VGGish',
            'split_examples']
 
 # %% ../../nbs/evaluation/04_networks.ipynb #980dd40c
@@ -187,15 +187,15 @@ def listen(self:Cnn14,
     return torch.cat(features).numpy()[order_N], torch.cat(logits).numpy()[order_N]
 
 # %% ../../nbs/evaluation/04_networks.ipynb #835ed564
-def hz_to_mel(hz):
-    "HTK's scale"
+def vggish_scale(hz):
+    "HTK's mel scale, as TensorFlow's VGGish writes it"
     return 1127 * np.log1p(np.asarray(hz) / 700)
 
 @cache
 def vggish_mels()->np.ndarray: # [F, M]
     "VGGish's mel filters for 512 points"
-    edges = np.linspace(hz_to_mel(125), hz_to_mel(7500), 64 + 2)
-    bins_F = hz_to_mel(np.fft.rfftfreq(512, 1 / RATE))
+    edges = np.linspace(vggish_scale(125), vggish_scale(7500), 64 + 2)
+    bins_F = vggish_scale(np.fft.rfftfreq(512, 1 / RATE))
     filters = [np.interp(bins_F, edges[m:m + 3], [0, 1, 0]) for m in range(64)]
     return np.stack(filters, axis=1)
 
