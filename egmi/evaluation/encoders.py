@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEFT_OUT', 'RENAMED', 'HTSAT_TINY', 'embed_in_batches', 'text_vectors', 'TransformersClip', 'OpenClip',
-           'rounded_to_int16', 'Clap', 'from_laion', 'read_laion', 'shielded', 'LaionClap']
+           'rounded_to_int16', 'Clap', 'from_laion', 'read_laion', 'shielded', 'LaionClap', 'load_clip', 'load_clap']
 
 # %% ../../nbs/evaluation/03_encoders.ipynb #26993e0d
 from contextlib import ExitStack, contextmanager
@@ -247,3 +247,22 @@ class LaionClap:
         "Texts as unit vectors"
         tokens = lambda x: self.tokenizer(x, padding='max_length', truncation=True, return_tensors='pt')
         return embed_in_batches(lambda x: self.module.model.get_text_embedding(tokens(x)), list_texts(texts))
+
+# %% ../../nbs/evaluation/03_encoders.ipynb #a3010002
+def load_clip(
+    path,         # folder or hub id of `transformers`, or a file that `open_clip` reads
+    device='cpu'
+):                # `TransformersClip` or `OpenClip`
+    "CLIP in either form"
+    if Path(path).is_file():
+        return OpenClip(path, device)
+    return TransformersClip(path, device)
+
+def load_clap(
+    path,         # folder or hub id of `transformers`, or a file as LAION publishes it
+    device='cpu'
+)->Clap:
+    "CLAP in either form"
+    if Path(path).is_file():
+        return Clap.from_official(path, device)
+    return Clap.from_pretrained(path, device)
