@@ -21,7 +21,7 @@ setup(
     classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Science/Research', 'Natural Language :: English',
                  *(f'Programming Language :: Python :: 3.{minor}' for minor in (11, 12, 13))],
     packages=find_packages(include=['egmi', 'egmi.*']),
-    package_data={'egmi': ['weights/**/*']},
+    package_data={'egmi': ['py.typed', 'weights/**/*']},
     python_requires='>=' + cfg['min_python'],
     install_requires=cfg['requirements'].split(),
     extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'paper')},

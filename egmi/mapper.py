@@ -161,7 +161,8 @@ class Mapper(nn.Module, PyTorchModelHubMixin):
         self.audio_head = AudioHead(config)
 
     def _save_pretrained(self, save_directory):
-        with replacing(save_directory/'model.safetensors') as beside: save_model(self, str(beside))
+        with replacing(save_directory/'model.safetensors') as beside:
+            save_model(self, str(beside))
 
     @classmethod
     def _from_pretrained(cls, *, strict:bool=True, **kwargs):

@@ -1,32 +1,59 @@
-"""`import egmi` is light: the heavy libraries load on first use."""
+"""`import egmi` is light: the public names, and the heavy libraries behind them, load on first use."""
+import ast
 import json
 import subprocess
 import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
 
 import egmi
 
-HEAVY = {'torch', 'torchvision', 'torchaudio', 'transformers', 'diffusers', 'pandas', 'matplotlib', 'scipy'}
+HEAVY = {
+    'torch', 'torchvision', 'torchaudio', 'transformers', 'diffusers', 'pandas', 'matplotlib', 'scipy',
+    'numpy'}
+CONTRACT = {
+    'EGMI', 'EGMIOutput', 'ModalityTokens', 'EGMIMapper', 'SeparatedMapper', 'CrossMapper', 'Conditions',
+    'load_folder', 'score_sounds', 'write_sounds'}
 
 
 def modules_after(statement):
     "Top-level modules that a fresh interpreter holds after `statement`."
     code = f'{statement}\nimport json, sys; print(json.dumps([m for m in sys.modules if "." not in m]))'
-    return set(json.loads(subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True).stdout))
+    process = subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True)
+    return set(json.loads(process.stdout))
 
 
 def test_import_is_light():
-    assert 'egmi' in modules_after('import egmi')
-    assert not modules_after('import egmi') & HEAVY
+    found = modules_after('import egmi; dir(egmi); hasattr(egmi, "nothing")')
+    assert 'egmi' in found
+    assert not found & HEAVY
 
 
 def test_heavy_modules_would_be_seen():
-    assert 'torch' in modules_after('import torch')
+    assert 'torch' in modules_after('import egmi; egmi.ModalityTokens')
+
+
+@pytest.mark.parametrize('name', egmi.__all__)
+def test_public_names_are_those_of_their_modules(name):
+    found = getattr(egmi, name)
+    assert found is getattr(import_module(egmi.MODULES[name]), name)
+    assert found.__module__ == egmi.MODULES[name] and found.__doc__
+
+
+def test_public_names_are_listed():
+    assert CONTRACT <= set(egmi.__all__) <= set(dir(egmi))
+    assert {'__version__', '__doc__'} <= set(dir(egmi))
+
+
+def test_editors_are_told_the_same_names():
+    tree = ast.parse(Path(egmi.__file__).read_text())
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    found = {alias.name: f'egmi.{node.module}' for node in block.body for alias in node.names}
+    assert found == egmi.MODULES
 
 
 def test_unknown_name():
-    assert not hasattr(egmi, 'no_such_name')
-
-
-def test_egmi_loads_on_first_use():
-    from egmi.model import EGMI
-    assert egmi.EGMI is EGMI
+    with pytest.raises(AttributeError, match="^module 'egmi' has no attribute 'no_such_name'$"):
+        egmi.no_such_name

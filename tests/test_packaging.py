@@ -11,15 +11,19 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
+PARTS = ('base', 'toybox', 'frozen', 'data', 'evaluation', 'small')
+ORACLES = {'statsmodels', 'mel-cepstral-distance', 'panns-inference', 'torchlibrosa', 'torchvggish'}
 
 
 def run(*command, cwd):
+    "What a command prints."
     return subprocess.run(command, cwd=cwd, check=True, capture_output=True, text=True).stdout
 
 
 def committed_files():
     "Files that git tracks or would track, relative to the repository."
-    names = run('git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard', cwd=ROOT).split('\0')
+    options = ('-z', '--cached', '--others', '--exclude-standard')
+    names = run('git', 'ls-files', *options, cwd=ROOT).split('\0')
     return [name for name in names if name and (ROOT/name).is_file()]
 
 
@@ -28,17 +32,24 @@ def wheel(tmp_path_factory):
     "Built from a copy, so that no stale build folder reaches the wheel and none is left behind."
     tmp = tmp_path_factory.mktemp('wheel')
     for name in committed_files():
-        (tmp/'source'/name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(ROOT/name, tmp/'source'/name)
-    run(sys.executable, '-m', 'pip', 'wheel', '--no-deps', '--no-build-isolation', '--wheel-dir', tmp, tmp/'source', cwd=tmp)
+        copy = tmp/'source'/name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT/name, copy)
+    options = ('--no-deps', '--no-build-isolation', '--wheel-dir', tmp)
+    run(sys.executable, '-m', 'pip', 'wheel', *options, tmp/'source', cwd=tmp)
     return next(tmp.glob('egmi-*.whl'))
 
 
+def belongs_to_the_package(name):
+    return name.startswith('egmi/') and (
+        name.endswith(('.py', '/py.typed')) or name.startswith('egmi/weights/'))
+
+
 def test_wheel_holds_the_package_and_nothing_else(wheel):
-    expected = {name for name in committed_files() if name.startswith('egmi/')
-                and (name.endswith('.py') or name.startswith('egmi/weights/'))}
+    expected = {name for name in committed_files() if belongs_to_the_package(name)}
     found = {name for name in zipfile.ZipFile(wheel).namelist() if '.dist-info/' not in name}
-    assert 'egmi/__init__.py' in found
+    assert {f'egmi/{part}/__init__.py' for part in PARTS} <= found
+    assert {'egmi/__init__.py', 'egmi/py.typed'} <= found
     assert found == expected
 
 
@@ -51,28 +62,49 @@ def test_wheel_metadata(wheel):
     assert 'Requires-Python: >=3.11' in archive.read(f'{info}/METADATA').decode()
 
 
-ORACLES = {'statsmodels', 'mel-cepstral-distance', 'panns-inference', 'torchlibrosa', 'torchvggish'}
-
-
-def test_every_requirement_has_its_tested_version():
+def required_versions():
+    "Name -> versions, of all requirements in settings.ini."
     settings = configparser.ConfigParser(delimiters=['='], interpolation=None)
     settings.read(ROOT/'settings.ini')
     lines = ' '.join(settings['DEFAULT'][f'{extra}requirements'] for extra in ('', 'dev_', 'paper_'))
-    required = {canonicalize_name(r.name): r.specifier for r in map(Requirement, lines.split())}
-    pinned = dict(line.split('==') for line in (ROOT/'constraints.txt').read_text().splitlines() if '==' in line)
-    pinned = {canonicalize_name(name): version for name, version in pinned.items()}
-    for name, versions in required.items(): assert versions.contains(pinned[name]), name
-    assert '<' in str(required['transformers']) and '<' in str(required['diffusers'])
+    return {canonicalize_name(r.name): r.specifier for r in map(Requirement, lines.split())}
+
+
+def pinned_versions():
+    "Name -> version, as in constraints.txt."
+    lines = (ROOT/'constraints.txt').read_text().splitlines()
+    pairs = [line.split('==') for line in lines if '==' in line]
+    return {canonicalize_name(name): version for name, version in pairs}
+
+
+def test_every_requirement_has_its_tested_version():
+    required = required_versions()
+    pinned = pinned_versions()
+    assert [name for name, versions in required.items() if not versions.contains(pinned[name])] == []
+    for library in ('transformers', 'diffusers'):
+        assert '<' in str(required[library])
     assert ORACLES <= required.keys() and 'laion-clap' in pinned
 
 
+IMPORT_ALL = """
+import importlib, sys
+site, *modules = sys.argv[1:]
+sys.path.insert(0, site)
+for name in modules:
+    print(importlib.import_module(name).__file__)
+import egmi
+for name in egmi.__all__:
+    print(sys.modules[getattr(egmi, name).__module__].__file__)
+"""
+
+
 def test_wheel_imports_elsewhere(wheel, tmp_path):
-    zipfile.ZipFile(wheel).extractall(tmp_path/'site')
-    modules = sorted(path.relative_to(tmp_path/'site').with_suffix('').as_posix().replace('/', '.')
-                     for path in (tmp_path/'site/egmi').rglob('*.py') if not path.name.startswith('_'))
-    code = f"""import importlib, sys
-sys.path.insert(0, {str(tmp_path/'site')!r})
-for name in {modules}: print(importlib.import_module(name).__file__)"""
-    files = run(sys.executable, '-c', code, cwd=tmp_path).splitlines()
-    assert len(files) == len(modules) > 0
-    assert all(Path(file).is_relative_to(tmp_path/'site') for file in files)
+    site = tmp_path/'site'
+    zipfile.ZipFile(wheel).extractall(site)
+    modules = []
+    for path in sorted((site/'egmi').rglob('*.py')):
+        if not path.name.startswith('_'):
+            modules.append('.'.join(path.relative_to(site).with_suffix('').parts))
+    files = run(sys.executable, '-c', IMPORT_ALL, site, *modules, cwd=tmp_path).splitlines()
+    assert len(files) > len(modules) > 0
+    assert all(Path(file).is_relative_to(site) for file in files)

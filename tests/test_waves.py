@@ -1,9 +1,10 @@
-"""Sounds on their way in: forms of a waveform, cut files, silence, kinds of files, ids that pair."""
+"""Sounds of users: forms of a waveform, cut files, silence, kinds of files, ids that pair."""
 import io
 import os
 import struct
 import subprocess
 import sys
+from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,9 +14,11 @@ import soxr
 import torch
 from conftest import ROOT
 
+from egmi.base.audio import resample
 from egmi.base.audio_files import audio_info, check_audio, read_audio, wav_bytes
+from egmi.base.files import explain_mismatch
 from egmi.evaluation.encoders import Clap
-from egmi.evaluation.folders import RESAMPLERS, find_sounds, read_pairs, read_sound, score_sounds, write_sounds
+from egmi.evaluation.folders import find_sounds, read_pairs, read_sound, score_sounds, write_sounds
 from egmi.evaluation.networks import at_16k
 
 RATE = 16_000
@@ -30,12 +33,26 @@ def encoded(wave, rate=RATE, **options):
     return file.getvalue()
 
 
-# Every way in for a waveform
+# Every function that takes a waveform
 
-def through_bytes(wave): return read_audio(Buffer(wav_bytes(wave, RATE)))[0]
+class Buffer:
+    "Bytes that open like a file."
+
+    def __init__(self, data):
+        self.data = data
+
+    def open(self, mode):
+        return io.BytesIO(self.data)
 
 
-def through_listeners(wave): return at_16k([wave], RATE)[0]
+def through_bytes(wave):
+    samples, _ = read_audio(Buffer(wav_bytes(wave, RATE)))
+    return samples
+
+
+def through_networks(wave):
+    samples, = at_16k([wave], RATE)
+    return samples
 
 
 def through_clap(wave):
@@ -43,17 +60,13 @@ def through_clap(wave):
     return clap.prepare(wave, RATE)
 
 
-def through_folder(wave): return read_audio(write_sounds('made', ['a'], [wave], RATE)/'a.wav')[0]
+def through_folder(wave):
+    folder = write_sounds('made', ['a'], [wave], RATE)
+    samples, _ = read_audio(folder/'a.wav')
+    return samples
 
 
-class Buffer:
-    "Bytes that open like a file."
-    def __init__(self, data): self.data = data
-
-    def open(self, mode): return io.BytesIO(self.data)
-
-
-WAYS = [through_bytes, through_listeners, through_clap, through_folder]
+WAYS = [through_bytes, through_networks, through_clap, through_folder]
 
 
 def whole_numbers(kind):
@@ -65,21 +78,26 @@ def whole_numbers(kind):
 FORMS = {kind: whole_numbers(kind) for kind in ('int8', 'int16', 'int32', 'uint8', 'uint16')}
 FORMS |= {kind: TONE.astype(kind) for kind in ('float16', 'float32', 'float64')}
 STEREO = np.stack([1.2 * TONE, .8 * TONE])
-FORMS |= {'[2, T]': STEREO, '[T, 2]': STEREO.T, '[1, T]': TONE[None],
-          '[T, 6] int32': np.repeat(whole_numbers('int32')[:, None], 6, 1),
-          'list': whole_numbers('int16').tolist(),
-          'int64': whole_numbers('int16').astype(int), 'bfloat16': torch.tensor(TONE).bfloat16(),
-          'tensor': torch.tensor(TONE, requires_grad=True),
-          'int16 tensor': torch.tensor(whole_numbers('int16'))[None]}
+FORMS |= {
+    '[2, T]': STEREO,
+    '[T, 2]': STEREO.T,
+    '[1, T]': TONE[None],
+    '[T, 6] int32': np.repeat(whole_numbers('int32')[:, None], 6, 1),
+    'list': whole_numbers('int16').tolist(),
+    'int64': whole_numbers('int16').astype(int),
+    'bfloat16': torch.tensor(TONE).bfloat16(),
+    'tensor': torch.tensor(TONE, requires_grad=True),
+    'int16 tensor': torch.tensor(whole_numbers('int16'))[None]}
 
 
 @pytest.mark.parametrize('way', WAYS)
 @pytest.mark.parametrize('form', FORMS)
 def test_every_form_is_the_same_sound(form, way, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    heard = way(FORMS[form])
-    assert heard.dtype == np.float32 and heard.shape == TONE.shape
-    np.testing.assert_allclose(heard, TONE, atol=.005)
+    samples = way(FORMS[form])
+    assert samples.dtype == np.float32
+    assert samples.shape == TONE.shape
+    np.testing.assert_allclose(samples, TONE, atol=.005)
 
 
 NO_SOUNDS = {
@@ -109,7 +127,8 @@ NO_SOUNDS = {
 def test_what_is_no_sound_is_refused(kind, way, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     wave, error, message = NO_SOUNDS[kind]
-    with pytest.raises(error, match=f'sound.*{message}'): way(wave)
+    with pytest.raises(error, match=f'sound.*{message}'):
+        way(wave)
     assert not os.listdir()
 
 
@@ -127,30 +146,44 @@ def test_files_of_integers_cast_to_floats_are_refused(tmp_path):
 # Rates
 
 def test_resample_is_soxr():
-    from egmi.base.audio import resample
-    noise = np.random.default_rng(0).normal(size=50_003).astype(np.float32)
+    wave_T = np.random.default_rng(0).normal(size=50_003).astype(np.float32)
     for old, new in [(48_000, 16_000), (44_100, 16_000), (16_000, 48_000), (22_050, 16_000)]:
-        np.testing.assert_array_equal(resample(noise, old, new), soxr.resample(noise, old, new))
+        np.testing.assert_array_equal(resample(wave_T, old, new), soxr.resample(wave_T, old, new))
 
 
 @pytest.mark.parametrize('rate', [0, -16_000, 16, 2**31, 16_000.5, np.nan, '16000', None, True], ids=repr)
 def test_bad_rates(rate, tmp_path):
-    def write(): write_sounds(tmp_path/'made', ['a'], [TONE], rate)
-    for use in (lambda: wav_bytes(TONE, rate), lambda: at_16k([TONE], rate), write):
-        with pytest.raises(ValueError, match=f'10,000,000 Hz, not {rate!r}'): use()
-    assert not (tmp_path/'made').exists()
+    folder = tmp_path/'made'
+    uses = (
+        lambda: wav_bytes(TONE, rate),
+        lambda: at_16k([TONE], rate),
+        lambda: write_sounds(folder, ['a'], [TONE], rate))
+    for use in uses:
+        with pytest.raises(ValueError, match=f'10,000,000 Hz, not {rate!r}'):
+            use()
+    assert not folder.exists()
+
+
+# Prints by how many MB the memory grows while half an hour of sound is resampled in each way.
+MEMORY = '''
+import resource
+import numpy as np
+from egmi.evaluation.scoring import RESAMPLERS
+
+def peak_kb():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+wave_T = np.random.default_rng(0).random(1800 * 48_000, dtype=np.float32)
+before = peak_kb()
+for resample in RESAMPLERS.values():
+    resample(wave_T, 48_000, 16_000)
+print((peak_kb() - before) // 1024)
+'''
 
 
 def test_long_sounds_need_little_memory():
     "Thirty minutes at 48 kHz are 346 MB, and 115 MB at 16 kHz."
-    code = ('import resource, numpy as np\n'
-            'from egmi.evaluation.folders import RESAMPLERS\n'
-            'def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n'
-            'wave_T = np.random.default_rng(0).random(1800 * 48_000, dtype=np.float32)\n'
-            'before = peak()\n'
-            'for resample in RESAMPLERS.values(): resample(wave_T, 48_000, 16_000)\n'
-            'print(peak() - before)')
-    process = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT)
+    process = subprocess.run([sys.executable, '-c', MEMORY], capture_output=True, text=True, cwd=ROOT)
     assert process.returncode == 0, process.stderr
     assert int(process.stdout) < 500
 
@@ -161,8 +194,11 @@ def test_long_sounds_need_little_memory():
     (dict(a='nan', b='a bell'), ValueError, "the caption of a is 'nan'"),
     ('captions.csv', TypeError, "captions must be a dict of id -> caption, not a str")])
 def test_captions_that_are_none(captions, error, message, tmp_path):
-    real = write_sounds(tmp_path, (id for id in 'ab'), (TONE for id in 'ab'), RATE)
-    with pytest.raises(error, match=message): score_sounds('mini', real, real, captions)
+    ids = (id for id in 'ab')
+    sounds = (TONE for _ in 'ab')
+    real = write_sounds(tmp_path, ids, sounds, RATE)
+    with pytest.raises(error, match=message):
+        score_sounds('mini', real, real, captions)
 
 
 @pytest.mark.parametrize('ids, sounds', [({'a', 'b'}, [TONE] * 2), (['a'], None), (None, [TONE])],
@@ -181,6 +217,8 @@ KINDS = [
     ('AU', 'PCM_16'), ('NIST', 'PCM_16'), ('NIST', 'PCM_24'), ('CAF', 'PCM_24'),
     ('CAF', 'ALAC_16'), ('W64', 'PCM_24'), ('FLAC', 'PCM_16'), ('FLAC', 'PCM_24'),
     ('OGG', 'VORBIS'), ('OGG', 'OPUS'), ('MP3', 'MPEG_LAYER_III')]
+LOOKS = [check_audio, read_audio]
+REFUSAL = r'^sound .*cut (is cut off|cannot be read|has zero length)'
 
 
 def noise(frames, channels=1):
@@ -190,24 +228,25 @@ def noise(frames, channels=1):
 @pytest.mark.parametrize('kind, subtype', KINDS)
 def test_a_cut_file_is_bad(kind, subtype, tmp_path):
     data = encoded(noise(30_011), 48_000, format=kind, subtype=subtype)
+    file = tmp_path/'cut'
     for end in (len(data) - 10, len(data) - 100, len(data) // 2, len(data) // 10, 40):
-        (tmp_path/'cut').write_bytes(data[:end])
-        for look in (check_audio, read_audio):
-            with pytest.raises(ValueError, match=r'^sound .*cut (is cut off|cannot be read|has zero length)'):
-                look(tmp_path/'cut')
+        file.write_bytes(data[:end])
+        for look in LOOKS:
+            with pytest.raises(ValueError, match=REFUSAL):
+                look(file)
 
 
 @pytest.mark.parametrize('kind, subtype', KINDS)
 def test_a_whole_file_is_good(kind, subtype, tmp_path):
-    for rate in (8_000, 44_100, 48_000):
-        if (kind, rate) == ('OGG', 44_100) and subtype == 'OPUS': continue
-        for frames in (1, 3, 576, 1_153, 4_097, 30_011):
-            for channels in (1, 2):
-                data = encoded(noise(frames, channels), rate, format=kind, subtype=subtype)
-                (tmp_path/'whole').write_bytes(data)
-                check_audio(tmp_path/'whole')
-                expected, _ = soundfile.read(io.BytesIO(data), always_2d=True)
-                np.testing.assert_allclose(read_audio(tmp_path/'whole')[0], expected.mean(1), atol=1e-6)
+    file = tmp_path/'whole'
+    rates = [8_000, 48_000] if subtype == 'OPUS' else [8_000, 44_100, 48_000]
+    for rate, frames, channels in product(rates, (1, 3, 576, 1_153, 4_097, 30_011), (1, 2)):
+        data = encoded(noise(frames, channels), rate, format=kind, subtype=subtype)
+        file.write_bytes(data)
+        check_audio(file)
+        samples, _ = read_audio(file)
+        expected, _ = soundfile.read(io.BytesIO(data), always_2d=True)
+        np.testing.assert_allclose(samples, expected.mean(1), atol=1e-6)
 
 
 def with_data_size(wav, size):
@@ -215,38 +254,45 @@ def with_data_size(wav, size):
     return wav[:at] + struct.pack('<I', size) + wav[at + 4:]
 
 
+def chunk(name, data):
+    return name + struct.pack('<I', len(data)) + data
+
+
 def mp3_in_wav(mp3, frames):
     "As ffmpeg writes it: frames that a decoder does not give back are counted."
     form = struct.pack('<HHIIHH', 0x55, 1, RATE, 8_000, 1, 0) + struct.pack('<HHIHHH', 12, 1, 2, 576, 1, 1393)
-    chunks = {b'fmt ': form, b'fact': struct.pack('<I', frames + 1_152), b'data': mp3}
-    body = b''.join(name + struct.pack('<I', len(c)) + c for name, c in chunks.items())
-    return b'RIFF' + struct.pack('<I', 4 + len(body)) + b'WAVE' + body
+    fact = struct.pack('<I', frames + 1_152)
+    body = chunk(b'fmt ', form) + chunk(b'fact', fact) + chunk(b'data', mp3)
+    return chunk(b'RIFF', b'WAVE' + body)
 
 
 def odd_files():
     "Whole files that a careless check would refuse, and cut ones that it would let pass: bytes, whole?"
-    wav, mp3 = encoded(noise(30_001), format='WAV', subtype='PCM_16'), encoded(noise(30_001), format='MP3')
-    remark = b'ICMT' + struct.pack('<I', 50) + b'x' * 50
-    remarks = b'LIST' + struct.pack('<I', 4 + 100 * len(remark)) + b'INFO' + 100 * remark
+    wav = encoded(noise(30_001), format='WAV', subtype='PCM_16')
+    mp3 = encoded(noise(30_001), format='MP3')
+    remarks = chunk(b'LIST', b'INFO' + 100 * chunk(b'ICMT', b'x' * 50))
     remarked = wav[:36] + remarks + wav[36:]
-    before, after = b'ID3\3\0\0\0\0\2\0' + bytes(256), b'TAG' + bytes(125)
+    before = b'ID3\3\0\0\0\0\2\0' + bytes(256)
+    after = b'TAG' + bytes(125)
     constant = encoded(noise(30_001), format='MP3', bitrate_mode='CONSTANT', compression_level=.9)
-    assert b'Xing' not in constant and b'Info' not in constant
-    return {'list after data': (wav + remarks, True),
-            'list after data, cut': ((wav + remarks)[:-90], True),
-            'list before data': (remarked, True),
-            'list before data, cut': (remarked[:-90], False),
-            'no padding byte': (encoded(noise(3_001), format='WAV', subtype='PCM_24')[:-1], True),
-            'stream': (with_data_size(wav, 2**32 - 1)[:-90], True),
-            'stream of sox': (with_data_size(wav, 0x7FFFF000), True),
-            'id3 before': (before + mp3, True),
-            'id3 before, cut': ((before + mp3)[:-90], False),
-            'id3 after': (mp3 + after, True),
-            'mp3 without a length': (constant, True),
-            'mp3 in wav': (mp3_in_wav(constant, 30_001), True),
-            'mp3 in wav, cut': (mp3_in_wav(constant, 30_001)[:-90], False),
-            'average rate': (encoded(noise(30_001), format='MP3', bitrate_mode='AVERAGE'), True),
-            'ogg and a tag': (encoded(noise(30_001), format='OGG') + after, True)}
+    assert b'Xing' not in constant
+    assert b'Info' not in constant
+    return {
+        'list after data': (wav + remarks, True),
+        'list after data, cut': ((wav + remarks)[:-90], True),
+        'list before data': (remarked, True),
+        'list before data, cut': (remarked[:-90], False),
+        'no padding byte': (encoded(noise(3_001), format='WAV', subtype='PCM_24')[:-1], True),
+        'stream': (with_data_size(wav, 2**32 - 1)[:-90], True),
+        'stream of sox': (with_data_size(wav, 0x7FFFF000), True),
+        'id3 before': (before + mp3, True),
+        'id3 before, cut': ((before + mp3)[:-90], False),
+        'id3 after': (mp3 + after, True),
+        'mp3 without a length': (constant, True),
+        'mp3 in wav': (mp3_in_wav(constant, 30_001), True),
+        'mp3 in wav, cut': (mp3_in_wav(constant, 30_001)[:-90], False),
+        'average rate': (encoded(noise(30_001), format='MP3', bitrate_mode='AVERAGE'), True),
+        'ogg and a tag': (encoded(noise(30_001), format='OGG') + after, True)}
 
 
 ODD = odd_files()
@@ -255,15 +301,19 @@ ODD = odd_files()
 @pytest.mark.parametrize('name', ODD)
 def test_odd_files(name, tmp_path):
     data, whole = ODD[name]
-    (tmp_path/'odd').write_bytes(data)
-    for look in (check_audio, read_audio):
-        if whole: look(tmp_path/'odd')
+    file = tmp_path/'odd'
+    file.write_bytes(data)
+    for look in LOOKS:
+        if whole:
+            look(file)
         else:
-            with pytest.raises(ValueError, match='is cut off'): look(tmp_path/'odd')
+            with pytest.raises(ValueError, match='is cut off'):
+                look(file)
 
 
 def test_checking_decodes_next_to_nothing(tmp_path, monkeypatch):
-    decoded, read = [], soundfile.SoundFile.read
+    decoded = []
+    read = soundfile.SoundFile.read
 
     def counted(self, *arguments, **options):
         samples = read(self, *arguments, **options)
@@ -280,10 +330,12 @@ def test_checking_decodes_next_to_nothing(tmp_path, monkeypatch):
 def test_damaged_sizes_end(tmp_path):
     "A chunk of w64 whose size is less than its head, and one that is larger than any file."
     data = encoded(TONE, format='W64')
+    at = data.index(b'fmt ') + 16
+    file = tmp_path/'a.w64'
     for size in (0, 2**64 - 1):
-        at = data.index(b'fmt ') + 16
-        (tmp_path/'a.w64').write_bytes(data[:at] + struct.pack('<Q', size) + data[at + 8:])
-        with pytest.raises(ValueError, match=r'a\.w64 cannot be read'): check_audio(tmp_path/'a.w64')
+        file.write_bytes(data[:at] + struct.pack('<Q', size) + data[at + 8:])
+        with pytest.raises(ValueError, match=r'a\.w64 cannot be read'):
+            check_audio(file)
 
 
 def test_a_flac_without_a_length_says_so(tmp_path):
@@ -304,17 +356,20 @@ CLICK = np.where(np.arange(RATE) == 99, .26, .25)
 
 @pytest.mark.parametrize('kind', SILENT)
 def test_silence_is_what_cannot_be_heard(kind, tmp_path):
-    soundfile.write(tmp_path/'a.wav', SILENT[kind], RATE, subtype='FLOAT')
-    check_audio(tmp_path/'a.wav')
-    with pytest.raises(ValueError, match=r'a\.wav is silent'): check_audio(tmp_path/'a.wav', decode=True)
-    assert read_sound('a', tmp_path/'a.wav').silent
+    file = tmp_path/'a.wav'
+    soundfile.write(file, SILENT[kind], RATE, subtype='FLOAT')
+    check_audio(file)
+    with pytest.raises(ValueError, match=r'a\.wav is silent'):
+        check_audio(file, decode=True)
+    assert read_sound('a', file).silent
 
 
-def test_a_click_is_heard(tmp_path):
+def test_a_click_is_a_sound(tmp_path):
     for name, wave in dict(click=CLICK, faint=TONE / 3_000 + .25).items():
-        soundfile.write(tmp_path/f'{name}.wav', wave, RATE, subtype='FLOAT')
-        check_audio(tmp_path/f'{name}.wav', decode=True)
-        assert not read_sound(name, tmp_path/f'{name}.wav').silent
+        file = tmp_path/f'{name}.wav'
+        soundfile.write(file, wave, RATE, subtype='FLOAT')
+        check_audio(file, decode=True)
+        assert not read_sound(name, file).silent
 
 
 def test_a_constant_reference_is_an_error(tmp_path):
@@ -326,36 +381,32 @@ def test_a_constant_reference_is_an_error(tmp_path):
 # Kinds of files
 
 def test_every_kind_that_can_be_read_is_found(tmp_path):
-    kinds = dict(wav='WAV', flac='FLAC', ogg='OGG', oga='OGG', opus='OGG', mp3='MP3', aiff='AIFF', aif='AIFF',
-                 au='AU', caf='CAF', w64='W64')
+    kinds = dict(
+        wav='WAV', FLAC='FLAC', ogg='OGG', OGA='OGG', opus='OGG', MP3='MP3', aiff='AIFF', AIF='AIFF',
+        au='AU', CAF='CAF', w64='W64')
     for n, (ending, kind) in enumerate(kinds.items()):
         subtype = 'OPUS' if ending == 'opus' else None
-        name = f'{n:02}.{ending.upper() if n % 2 else ending}'
-        (tmp_path/name).write_bytes(encoded(TONE, format=kind, subtype=subtype))
+        data = encoded(TONE, format=kind, subtype=subtype)
+        (tmp_path/f'{n:02}.{ending}').write_bytes(data)
     found = find_sounds(tmp_path)
     assert list(found) == [f'{n:02}' for n in range(len(kinds))]
-    for file in found.values(): assert len(read_audio(file)[0]) == audio_info(file).frames == RATE
+    for file in found.values():
+        samples, _ = read_audio(file)
+        assert len(samples) == audio_info(file).frames == RATE
 
 
 @pytest.mark.parametrize('name', ['b.m4a', 'b.WMA', 'b.aac', 'sub/b.webm', 'b.3gp'])
 def test_other_kinds_are_named(name, tmp_path):
     write_sounds(tmp_path, ['a'], [TONE], RATE)
-    (tmp_path/name).parent.mkdir(exist_ok=True)
-    (tmp_path/name).write_bytes(b'\0\0\0\x1cftypM4A ')
+    file = tmp_path/name
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(b'\0\0\0\x1cftypM4A ')
     message = f'{name}.* is of a kind that is not read here: convert it, for instance by `ffmpeg'
-    for look, given in [(find_sounds, tmp_path), (read_audio, tmp_path/name), (check_audio, tmp_path/name)]:
-        with pytest.raises(ValueError, match=message): look(given)
+    for look, given in [(find_sounds, tmp_path), (read_audio, file), (check_audio, file)]:
+        with pytest.raises(ValueError, match=message):
+            look(given)
     write_sounds(tmp_path, [name.rsplit('.', 1)[0]], [TONE], RATE)
     assert len(find_sounds(tmp_path)) == 2
-
-
-def test_hidden_files_and_folders_are_no_sounds(tmp_path):
-    write_sounds(tmp_path, ['a', 'b/c'], [TONE] * 2, RATE)
-    for name in ('._a.wav', 'b/._c.m4a', '.trash/d.wav', 'b/.old/e.wav'):
-        (tmp_path/name).parent.mkdir(exist_ok=True)
-        (tmp_path/name).write_bytes(b'hidden')
-    (tmp_path/'folder.wav').mkdir()
-    assert list(find_sounds(tmp_path)) == ['a', 'b/c']
 
 
 def test_links_are_followed_and_lost_ones_are_missing(tmp_path):
@@ -371,9 +422,11 @@ def test_links_are_followed_and_lost_ones_are_missing(tmp_path):
 
 
 def test_rates_that_no_sound_has(tmp_path):
-    soundfile.write(tmp_path/'a.wav', TONE, 16)
-    for look in (check_audio, read_audio):
-        with pytest.raises(ValueError, match=r'a\.wav has a sample rate of 16 Hz'): look(tmp_path/'a.wav')
+    file = tmp_path/'a.wav'
+    soundfile.write(file, TONE, 16)
+    for look in LOOKS:
+        with pytest.raises(ValueError, match=r'a\.wav has a sample rate of 16 Hz'):
+            look(file)
 
 
 def test_names_that_are_not_utf8(tmp_path):
@@ -384,16 +437,24 @@ def test_names_that_are_not_utf8(tmp_path):
 
 # Ids
 
-@pytest.mark.parametrize('ids, message', [
-    (['a', 'a'], "the ids 'a' and 'a' may be one file"), (['a', 'A'], "'a' and 'A' may be one file"),
+BAD_IDS = [
+    (['a', 'a'], "the ids 'a' and 'a' may be one file"),
+    (['a', 'A'], "'a' and 'A' may be one file"),
     (['\u00e9', 'e\u0301'], r"'\\xe9' and 'e\\u0301' may be one file"),
     ([1, '1'], "1 and '1' may be one file"),
     (['a', '../b'], r"'\.\./b' has a part that begins with a dot"),
     (['a', '/tmp/b'], "'/tmp/b' is empty or has an empty part"),
-    (['a', ''], "'' is empty"), (['a', 'a/'], "'a/' is empty or has an empty part"),
-    (['a', '.b'], 'begins with a dot'), (['a', 'caf\udce9'], 'is not in UTF-8'),
-    (['a', 'b\\..\\c'], 'holds a backslash'), (['a', 'b' * 252], 'too long'),
-    (['a', None], 'the id None is no text'), (['a', float('nan')], 'the id nan is no text')])
+    (['a', ''], "'' is empty"),
+    (['a', 'a/'], "'a/' is empty or has an empty part"),
+    (['a', '.b'], 'begins with a dot'),
+    (['a', 'caf\udce9'], 'is not in UTF-8'),
+    (['a', 'b\\..\\c'], 'holds a backslash'),
+    (['a', 'b' * 252], 'too long'),
+    (['a', None], 'the id None is no text'),
+    (['a', float('nan')], 'the id nan is no text')]
+
+
+@pytest.mark.parametrize('ids, message', BAD_IDS)
 def test_ids_are_checked_before_anything_is_written(ids, message, tmp_path):
     with pytest.raises((ValueError, TypeError), match=message):
         write_sounds(tmp_path/'in/made', ids, [TONE] * 2, RATE)
@@ -401,22 +462,26 @@ def test_ids_are_checked_before_anything_is_written(ids, message, tmp_path):
 
 
 @pytest.mark.parametrize('wanted, there, reason', [
-    ('abc', 'abc.wav', 'a suffix of ids'), ('0012', '12', 'leading zeros'),
+    ('abc', 'abc.wav', 'a suffix of ids'),
+    ('0012', '12', 'leading zeros'),
     ('caf\u00e9', 'cafe\u0301', 'the Unicode form'),
-    ('Abc', 'abc', 'upper and lower case'), ('clips/abc', 'abc', 'a folder in ids'),
+    ('Abc', 'abc', 'upper and lower case'),
+    ('clips/abc', 'abc', 'a folder in ids'),
     ('abc', 'abc ', 'blanks around ids'),
     ('clips/Abc', 'abc', 'a folder in ids and upper and lower case')])
 def test_ids_that_do_not_pair_are_explained(wanted, there, reason, tmp_path):
     real = write_sounds(tmp_path/'real', [wanted, 'b'], [TONE] * 2, RATE)
     made = write_sounds(tmp_path/'made', [there, 'b'], [TONE] * 2, RATE)
-    with pytest.raises(ValueError) as error: read_pairs(real, made, progress=False)
+    with pytest.raises(ValueError) as error:
+        read_pairs(real, made, progress=False)
     show = ascii if reason == 'the Unicode form' else repr
     explained = f'{show(wanted)} is missing but {show(there)} is there: they differ by {reason}'
     assert str(error.value).endswith(explained)
 
 
 def test_ids_without_a_likeness_are_both_shown(tmp_path):
-    real, made = (write_sounds(tmp_path/name, [name, 'b'], [TONE] * 2, RATE) for name in ('real', 'made'))
+    real = write_sounds(tmp_path/'real', ['real', 'b'], [TONE] * 2, RATE)
+    made = write_sounds(tmp_path/'made', ['made', 'b'], [TONE] * 2, RATE)
     with pytest.raises(ValueError, match="'real' is missing, and 'made' is there but not asked for"):
         read_pairs(real, made, progress=False)
 
@@ -428,6 +493,6 @@ def test_captions_that_do_not_pair_are_explained(tmp_path):
 
 
 def test_many_ids_are_explained_at_once():
-    from egmi.base.files import explain_mismatch
     ids = [f'clip {n:06}' for n in range(50_000)]
-    assert 'a suffix of ids' in explain_mismatch(ids, [f'{id}.wav' for id in ids])
+    files = [f'{id}.wav' for id in ids]
+    assert 'a suffix of ids' in explain_mismatch(ids, files)

@@ -24,14 +24,18 @@ def read_tensors(
 )->dict:      # name -> tensor, read from the disk only when it is used
     "The tensors of a file, without unpickling any code; a ValueError names a damaged file"
     try:
-        if file.suffix == '.safetensors': return load_file(file)
-        return torch.load(file, map_location='cpu', weights_only=True, mmap=is_zipfile(file)) # older files are none
+        if file.suffix == '.safetensors':
+            return load_file(file)
+        mapped = is_zipfile(file) # older files are none
+        return torch.load(file, map_location='cpu', weights_only=True, mmap=mapped)
     except (RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as e:
         raise ValueError(f'{file} is damaged or holds more than tensors: get it again') from e
     except OSError as e:
-        if e.filename is not None: raise # it is missing, for instance
+        if e.filename is not None: # it is missing, for instance
+            raise
         raise ValueError(f'{file} is damaged or cannot be read: get it again') from e
 
+# %% ../../nbs/base/04_loading.ipynb #c85e63ea
 def load_strictly(
     model:nn.Module, # takes the tensors of `state` as they are, without a copy
     state:dict,      # parameter name -> tensor
@@ -43,8 +47,10 @@ def load_strictly(
     wrong = [name for name in expected | found if expected.get(name) != found.get(name)]
     if wrong:
         name = wrong[0]
+        wanted = expected.get(name, 'none')
+        given = found.get(name, 'none')
         raise ValueError(f'{source} does not fit the model in {len(wrong)} tensors, first {name}: '
-                         f'expected {expected.get(name, "none")}, found {found.get(name, "none")}')
+                         f'expected {wanted}, found {given}')
     model.load_state_dict(state, assign=True)
 
 # %% ../../nbs/base/04_loading.ipynb #ecd41e12
@@ -57,8 +63,11 @@ def check_loaded(
     computed = {name for name, t in model.state_dict().items() if not t.is_floating_point()}
     lacking = sorted(set(info['missing_keys']) - computed)
     if lacking:
-        shown = ', '.join(lacking[:3]) + ', ...' * (len(lacking) > 3)
-        raise ValueError(f'{place} lacks {len(lacking)} weights of {type(model).__name__}: {shown}: '
+        shown = lacking[:3]
+        if len(lacking) > 3:
+            shown.append('...')
+        kind = type(model).__name__
+        raise ValueError(f'{place} lacks {len(lacking)} weights of {kind}: {", ".join(shown)}: '
                          'get all of its files')
     wrong = sorted(info['mismatched_keys'])
     if wrong:
@@ -67,9 +76,12 @@ def check_loaded(
                          f'expected {tuple(expected)}, found {tuple(found)}')
 
 # %% ../../nbs/base/04_loading.ipynb #963f8a14
-def first_line(error:Exception)->str:
+def first_line(
+    error:Exception
+)->str:
     "What an error says, or is"
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0]
 
 @contextmanager
 def loading(
@@ -77,16 +89,23 @@ def loading(
     place # folder or hub id
 ):
     "An error while something is loaded says in one line what and where"
-    try: yield
+    try:
+        yield
     except OSError as e:
         raise FileNotFoundError(f'no {kind.__name__} in {place}: {first_line(e)}') from e
     except pickle.UnpicklingError as e: # which would advise to run what is in it
-        raise ValueError(f'{kind.__name__} in {place} is damaged or holds more than tensors: get it again') from e
+        problem = 'is damaged or holds more than tensors: get it again'
+        raise ValueError(f'{kind.__name__} in {place} {problem}') from e
     except Exception as e: # tokenizers has no errors of its own
         raise ValueError(f'{kind.__name__} in {place} cannot be read: {first_line(e)}') from e
 
-def place_of(source, subfolder:str='', **options)->str:
-    "Where a part lies, for errors"
+# %% ../../nbs/base/04_loading.ipynb #bf970ce5
+def place_of(
+    source,           # folder or hub id
+    subfolder:str='',
+    **options         # others, which don't matter
+)->str:
+    "Where a part is, for errors"
     return f'{source}/{subfolder}' if subfolder else str(source)
 
 def load_part(
@@ -95,7 +114,8 @@ def load_part(
     **options # of `kind.from_pretrained`: subfolder...
 ):
     "What `from_pretrained` gives: a tokenizer, a processor, a scheduler"
-    with loading(kind, place_of(source, **options)): return kind.from_pretrained(source, **options)
+    with loading(kind, place_of(source, **options)):
+        return kind.from_pretrained(source, **options)
 
 def load_whole(
     kind,     # class of transformers or diffusers
@@ -109,15 +129,22 @@ def load_whole(
     return model
 
 # %% ../../nbs/base/04_loading.ipynb #68dcf342
-SCALAR, ARRAY = np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]
+SCALAR = np.float64(0).__reduce__()[0] # the functions that unpickle NumPy's data
+ARRAY = np.zeros(0).__reduce__()[0]
 
-NUMPY_DATA = [SCALAR, (SCALAR, 'numpy.core.multiarray.scalar'), ARRAY, (ARRAY, 'numpy.core.multiarray._reconstruct'),
-              np.ndarray, np.dtype, *(type(np.dtype(t)) for t in ('f4', 'f8', 'i8'))]
+NUMPY_DATA = [
+    SCALAR, (SCALAR, 'numpy.core.multiarray.scalar'),
+    ARRAY, (ARRAY, 'numpy.core.multiarray._reconstruct'),
+    np.ndarray, np.dtype,
+    type(np.dtype('f4')), type(np.dtype('f8')), type(np.dtype('i8')),
+]
 
 def read_checkpoint(
     path # that `torch.save` wrote
 )->dict:
     "Read a checkpoint without unpickling any code"
-    with torch.serialization.safe_globals(NUMPY_DATA): saved = read_tensors(Path(path))
-    if not isinstance(saved, dict): raise ValueError(f'{path} holds no dictionary: give a checkpoint or state dict')
+    with torch.serialization.safe_globals(NUMPY_DATA):
+        saved = read_tensors(Path(path))
+    if not isinstance(saved, dict):
+        raise ValueError(f'{path} holds no dictionary: give a checkpoint or state dict')
     return saved

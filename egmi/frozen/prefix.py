@@ -36,9 +36,11 @@ def run_whole(
 )->Tensor:              # h_B16D, last hidden state at the tokens
     "Hidden states of the tokens after a prompt, computed over the whole sequence"
     n = tokens_B16D.shape[1]
-    embeds = torch.cat([embeds_BTD, tokens_B16D.to(embeds_BTD)], 1)
-    mask = append_ones(mask_BT, n)
-    out = llm.model(inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids(mask), use_cache=False)
+    embeds_BSD = torch.cat([embeds_BTD, tokens_B16D.to(embeds_BTD)], 1)
+    mask_BS = append_ones(mask_BT, n)
+    out = llm.model(
+        inputs_embeds=embeds_BSD, attention_mask=mask_BS,
+        position_ids=position_ids(mask_BS), use_cache=False)
     return out.last_hidden_state[:, -n:]
 
 # %% ../../nbs/frozen/04_prefix.ipynb #ff0b7710
@@ -49,14 +51,19 @@ class PrefixCache:
     values:Tensor # values_LBKTE
     mask:Tensor   # mask_BT, 1 where there is a token; padding is on the left
 
-    def __len__(self): return len(self.mask)
+    def __len__(self):
+        return len(self.mask)
 
     @property
-    def nbytes(self): return self.keys.nbytes + self.values.nbytes
+    def nbytes(self)->int:
+        "Memory of keys and values"
+        return self.keys.nbytes + self.values.nbytes
 
     def to(self, device=None, dtype=None):
         "A copy on another device, or with another dtype of keys and values"
-        return PrefixCache(self.keys.to(device, dtype), self.values.to(device, dtype), self.mask.to(device))
+        keys = self.keys.to(device, dtype)
+        values = self.values.to(device, dtype)
+        return PrefixCache(keys, values, self.mask.to(device))
 
 # %% ../../nbs/frozen/04_prefix.ipynb #41dc60cf
 @torch.no_grad()
@@ -81,9 +88,10 @@ def __getitem__(
 )->PrefixCache:
     "The chosen prompts, cut to the longest of them"
     samples = torch.arange(len(self))[samples].reshape(-1)
-    T = int(self.mask[samples].sum(1).max())
-    keys, values = self.keys[:, samples, :, -T:], self.values[:, samples, :, -T:]
-    return PrefixCache(keys, values, self.mask[samples, -T:])
+    longest = int(self.mask[samples].sum(1).max())
+    keys = self.keys[:, samples, :, -longest:]
+    values = self.values[:, samples, :, -longest:]
+    return PrefixCache(keys, values, self.mask[samples, -longest:])
 
 # %% ../../nbs/frozen/04_prefix.ipynb #9d7cb5d4
 @patch(cls_method=True)
@@ -92,11 +100,14 @@ def cat(
     caches:list     # of PrefixCache, of any lengths
 )->PrefixCache:
     "One batch from several caches, padded on the left"
-    T = max(c.mask.shape[1] for c in caches)
-    pads = [T - c.mask.shape[1] for c in caches]
-    keys = torch.cat([F.pad(c.keys, (0, 0, n, 0)) for c, n in zip(caches, pads)], 1)
-    values = torch.cat([F.pad(c.values, (0, 0, n, 0)) for c, n in zip(caches, pads)], 1)
-    return cls(keys, values, torch.cat([F.pad(c.mask, (n, 0)) for c, n in zip(caches, pads)]))
+    longest = max(c.mask.shape[1] for c in caches)
+    keys, values, masks = [], [], []
+    for c in caches:
+        n = longest - c.mask.shape[1]
+        keys.append(F.pad(c.keys, (0, 0, n, 0)))
+        values.append(F.pad(c.values, (0, 0, n, 0)))
+        masks.append(F.pad(c.mask, (n, 0)))
+    return cls(torch.cat(keys, 1), torch.cat(values, 1), torch.cat(masks))
 
 # %% ../../nbs/frozen/04_prefix.ipynb #7ea4a0ec
 @patch
@@ -116,7 +127,8 @@ def run_tail(
     "Hidden states of the tokens after prompts that have been run already; equal to `run_whole`"
     n = tokens_B16D.shape[1]
     cache = cache.to(llm.device, llm.dtype)
-    mask = append_ones(cache.mask, n)
-    positions = position_ids(mask)[:, -n:]
-    embeds = tokens_B16D.to(cache.keys)
-    return llm.model(None, mask, positions, cache.fork(), embeds, use_cache=True).last_hidden_state
+    mask_BS = append_ones(cache.mask, n)
+    ids_B16 = position_ids(mask_BS)[:, -n:]
+    embeds_B16D = tokens_B16D.to(cache.keys)
+    out = llm.model(None, mask_BS, ids_B16, cache.fork(), embeds_B16D, use_cache=True)
+    return out.last_hidden_state

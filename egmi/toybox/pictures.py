@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['SIDE', 'ZOOM', 'INK', 'CREAM', 'STEEL', 'DARK', 'WOOD', 'PINK', 'AMBER', 'GLOW', 'GLASS', 'AXES', 'RING', 'WALLS',
            'PETALS', 'FRONTS', 'OBJECT_DRAWINGS', 'PLACE_DRAWINGS', 'HUES', 'RADII', 'Pen', 'complex_points',
-           'fill_shape', 'polygon', 'box', 'ellipse', 'rounded', 'blob', 'stroke', 'bell', 'drum', 'whistle', 'bird',
-           'bee', 'frog', 'dog', 'cat', 'clock', 'siren', 'train', 'guitar', 'tone', 'sky', 'window', 'room', 'meadow',
-           'sailing_boat', 'beach', 'street', 'rain', 'paint', 'layout', 'draw_picture']
+           'fill_shape', 'polygon', 'box', 'ellipse', 'rounded', 'blob', 'stroke', 'draw_bell', 'draw_drum',
+           'draw_whistle', 'draw_bird', 'draw_bee', 'draw_frog', 'draw_dog', 'draw_cat', 'draw_clock', 'draw_siren',
+           'draw_train', 'draw_guitar', 'tone', 'sky', 'window', 'draw_room', 'draw_meadow', 'sailing_boat',
+           'draw_beach', 'draw_street', 'draw_rain', 'paint', 'place_copies', 'draw_picture']
 
 # %% ../../nbs/toybox/02_pictures.ipynb #a8013c30
 from cmath import rect
@@ -175,7 +176,7 @@ def stroke(
     fill_shape(pen if edge else pen.bare, outline, fill)
 
 # %% ../../nbs/toybox/02_pictures.ipynb #24d7ee12
-def bell(pen:Pen, pose:float):
+def draw_bell(pen:Pen, pose:float):
     "A bell; `pose` swings the clapper"
     ellipse(pen, 0, -.82, .15, .15, STEEL)
     ellipse(pen, .26 * pose, .72, .2, .2, DARK)
@@ -187,7 +188,7 @@ def bell(pen:Pen, pose:float):
     stroke(pen, ((-.3, -.35), (-.36, .18)), .12, CREAM)
 
 # %% ../../nbs/toybox/02_pictures.ipynb #aa135870
-def drum(pen:Pen, pose:float):
+def draw_drum(pen:Pen, pose:float):
     "A drum; `pose` beats the sticks"
     blob(pen, ((-.78, -.25), (.78, -.25), (.8, .8), (.4, .96), (-.4, .96), (-.8, .8)))
     cord = []
@@ -201,7 +202,7 @@ def drum(pen:Pen, pose:float):
         ellipse(pen, x * .3, -.25 + lift, .12, .12, WOOD)
 
 # %% ../../nbs/toybox/02_pictures.ipynb #a0c865bb
-def whistle(pen:Pen, pose:float):
+def draw_whistle(pen:Pen, pose:float):
     "A referee's whistle; `pose` swings the cord and the pea"
     cord = (.85, .0), (1, .3 + .2 * pose), (.75, .7), (.95, .95)
     stroke(pen, cord, .07, DARK, soft=True)
@@ -214,7 +215,7 @@ def whistle(pen:Pen, pose:float):
     ellipse(pen, .25 + .08 * pose, .3, .13, .13, CREAM)
 
 # %% ../../nbs/toybox/02_pictures.ipynb #7aca226f
-def bird(pen:Pen, pose:float):
+def draw_bird(pen:Pen, pose:float):
     "A bird; `pose` flaps the wing"
     for x in (-.05, .2):
         leg = (x, .4), (x - .02, .86), (x - .2, .92)
@@ -232,7 +233,7 @@ def bird(pen:Pen, pose:float):
     blob(pen, wing, pen.shade)
 
 # %% ../../nbs/toybox/02_pictures.ipynb #3a8db3e2
-def bee(pen:Pen, pose:float):
+def draw_bee(pen:Pen, pose:float):
     "A bee; `pose` flaps the wings"
     for turn in (-65 + 12 * pose, -110 + 12 * pose):
         wing = .05 - .12j + rect(.5, radians(turn))
@@ -252,7 +253,7 @@ def bee(pen:Pen, pose:float):
     ellipse(pen.bare, -.71, .12, .06, .08, INK)
 
 # %% ../../nbs/toybox/02_pictures.ipynb #2b9e6a17
-def frog(pen:Pen, pose:float):
+def draw_frog(pen:Pen, pose:float):
     "A frog; `pose` fills the belly and turns the eyes"
     for x in (-1, 1):
         ellipse(pen, .68 * x, .42, .28, .38, pen.shade, 20 * x)
@@ -273,7 +274,7 @@ def frog(pen:Pen, pose:float):
     stroke(pen, mouth, .08, soft=True)
 
 # %% ../../nbs/toybox/02_pictures.ipynb #ebd54e18
-def dog(pen:Pen, pose:float):
+def draw_dog(pen:Pen, pose:float):
     "A dog; `pose` wags the tail and moves the ear"
     tail = (.6, .0), (.85, -.2), (.82 + .12 * pose, -.62)
     stroke(pen, tail, .15, pen.colour, soft=True, edge=True)
@@ -290,7 +291,7 @@ def dog(pen:Pen, pose:float):
     polygon(pen, ((-.5, .0), (-.1, .12), (-.14, .22), (-.5, .1)), AMBER)
 
 # %% ../../nbs/toybox/02_pictures.ipynb #892a36e2
-def cat(pen:Pen, pose:float):
+def draw_cat(pen:Pen, pose:float):
     "A cat; `pose` curls the tail and turns the eyes"
     tail = (.35, .8), (.9, .75), (.95, .3), (.65, .2 - .2 * pose)
     stroke(pen, tail, .17, pen.colour, soft=True, edge=True)
@@ -309,7 +310,7 @@ def cat(pen:Pen, pose:float):
     polygon(pen, ((-.09, -.2), (.09, -.2), (0, -.1)), PINK)
 
 # %% ../../nbs/toybox/02_pictures.ipynb #90ae4d3b
-def clock(pen:Pen, pose:float):
+def draw_clock(pen:Pen, pose:float):
     "An alarm clock; `pose` sets the time"
     for x in (-1, 1):
         stroke(pen, ((.4 * x, .6), (.62 * x, .95)), .16, DARK, edge=True)
@@ -328,7 +329,7 @@ def clock(pen:Pen, pose:float):
         stroke(pen, ((0, .08), (hand.real, hand.imag + .08)), width)
 
 # %% ../../nbs/toybox/02_pictures.ipynb #b4aaa155
-def siren(pen:Pen, pose:float):
+def draw_siren(pen:Pen, pose:float):
     "A siren; `pose` moves its light"
     outer = 1.06 + .06 * pose
     for turn in (-166, -128, -90, -52, -14):
@@ -342,7 +343,7 @@ def siren(pen:Pen, pose:float):
     box(pen, -.86, .6, .86, .92, DARK)
 
 # %% ../../nbs/toybox/02_pictures.ipynb #eddb10d2
-def train(pen:Pen, pose:float):
+def draw_train(pen:Pen, pose:float):
     "A steam locomotive; `pose` moves the smoke"
     ellipse(pen, -.42, -.78, .17, .17, GLASS)
     ellipse(pen, -.18 + .06 * pose, -.9, .13, .13, GLASS)
@@ -359,7 +360,7 @@ def train(pen:Pen, pose:float):
         ellipse(pen, x, .92 - r, r / 3, r / 3, CREAM)
 
 # %% ../../nbs/toybox/02_pictures.ipynb #123745ec
-def guitar(pen:Pen, pose:float):
+def draw_guitar(pen:Pen, pose:float):
     "A guitar; `pose` tilts it"
     pen = pen.turned(38 + 8 * pose)
     box(pen, -.09, -.85, .09, .0, WOOD)
@@ -419,7 +420,7 @@ def window(
 WALLS = (226, 214, 196), (206, 216, 204), (208, 212, 222), (226, 206, 204)
 
 # %% ../../nbs/toybox/02_pictures.ipynb #45dd7cb2
-def room(pen:Pen, rng:np.random.Generator):
+def draw_room(pen:Pen, rng:np.random.Generator):
     "A wall with a window and a picture, and a floor"
     wall = pick(WALLS, rng)
     floor = rng.uniform(42, 50)
@@ -439,7 +440,7 @@ def room(pen:Pen, rng:np.random.Generator):
 # %% ../../nbs/toybox/02_pictures.ipynb #92142f23
 PETALS = (226, 190, 200), (228, 220, 176), (204, 196, 222)
 
-def meadow(pen:Pen, rng:np.random.Generator):
+def draw_meadow(pen:Pen, rng:np.random.Generator):
     "Hills, grass and flowers"
     sky(pen, rng)
     horizon = rng.uniform(24, 34)
@@ -473,7 +474,7 @@ def sailing_boat(
     polygon(pen, hull, tone(rng, (158, 128, 112)))
 
 # %% ../../nbs/toybox/02_pictures.ipynb #38dccc68
-def beach(pen:Pen, rng:np.random.Generator):
+def draw_beach(pen:Pen, rng:np.random.Generator):
     "The sun, a boat, waves and sand"
     sky(pen, rng, (206, 224, 234))
     horizon = rng.uniform(16, 24)
@@ -496,7 +497,7 @@ def beach(pen:Pen, rng:np.random.Generator):
 # %% ../../nbs/toybox/02_pictures.ipynb #00ab219d
 FRONTS = (196, 176, 166), (184, 188, 196), (204, 196, 178), (178, 170, 176)
 
-def street(pen:Pen, rng:np.random.Generator):
+def draw_street(pen:Pen, rng:np.random.Generator):
     "A row of buildings and a road"
     sky(pen, rng, (208, 214, 222))
     road = rng.uniform(46, 52)
@@ -517,7 +518,7 @@ def street(pen:Pen, rng:np.random.Generator):
         box(pen, x, road + 6.5, x + 7, road + 8.5, (220, 218, 208))
 
 # %% ../../nbs/toybox/02_pictures.ipynb #4b1e3dfe
-def rain(pen:Pen, rng:np.random.Generator):
+def draw_rain(pen:Pen, rng:np.random.Generator):
     "Low clouds, puddles and drops"
     sky(pen, rng, (172, 180, 190), (138, 146, 158))
     ground = rng.uniform(44, 52)
@@ -537,25 +538,25 @@ def rain(pen:Pen, rng:np.random.Generator):
 
 # %% ../../nbs/toybox/02_pictures.ipynb #ee022a36
 OBJECT_DRAWINGS = dict(
-    bell=bell,
-    drum=drum,
-    whistle=whistle,
-    bird=bird,
-    bee=bee,
-    dog=dog,
-    frog=frog,
-    clock=clock,
-    siren=siren,
-    train=train,
-    guitar=guitar,
-    cat=cat,
+    bell=draw_bell,
+    drum=draw_drum,
+    whistle=draw_whistle,
+    bird=draw_bird,
+    bee=draw_bee,
+    dog=draw_dog,
+    frog=draw_frog,
+    clock=draw_clock,
+    siren=draw_siren,
+    train=draw_train,
+    guitar=draw_guitar,
+    cat=draw_cat,
 )
 PLACE_DRAWINGS = dict(
-    room=room,
-    meadow=meadow,
-    beach=beach,
-    street=street,
-    rain=rain,
+    room=draw_room,
+    meadow=draw_meadow,
+    beach=draw_beach,
+    street=draw_street,
+    rain=draw_rain,
 )
 HUES = dict(red=0, orange=26, yellow=54, green=128, blue=214, purple=280)  # degrees
 RADII = dict(  # lowest and highest in picture pixels, for 1, 2 and 3 copies
@@ -580,7 +581,7 @@ def paint(
     return tuple(int(255 * c) for c in hsv_to_rgb(hue, saturation, value))
 
 # %% ../../nbs/toybox/02_pictures.ipynb #190dd59c
-def layout(
+def place_copies(
     count:int,               # copies
     radius:float,            # of a copy, picture pixels
     rng:np.random.Generator  # stream that places them
@@ -607,7 +608,7 @@ def draw_picture(
     draw_place(Pen(canvas), rng)
     low, high = RADII[factors.size][factors.count - 1]
     colour = paint(factors.colour, rng)
-    for centre in layout(factors.count, high, rng):
+    for centre in place_copies(factors.count, high, rng):
         radius = rng.uniform(low, high)
         tilt = radians(rng.uniform(-9, 9))
         unit = ZOOM * rect(radius, tilt)
