@@ -1,21 +1,32 @@
-"""What the tests of experiment notebooks share: a cache with the LLM in it, and papermill as a user calls it."""
+"""What the tests of experiments share: a cache with the LLM in it, papermill, checks of a run."""
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
 import pytest
+import soundfile
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT/'nbs/ablation.ipynb'
 
 
 def papermill_command(folder, notebook=NOTEBOOK, **parameters):
-    "The command that runs a notebook; the executed one goes to `folder`, results to folder/out unless `out_dir` says otherwise or is None."
-    parameters = dict(out_dir=folder/'out') | parameters
-    options = [option for name, value in parameters.items() if value is not None for option in (('-y', f'{name}: {value}') if isinstance(value, list) else ('-p', name, str(value)))]
-    return [sys.executable, '-m', 'papermill', notebook, folder/'executed.ipynb', *options, '--no-progress-bar']
+    """The command that runs a notebook.
+
+    The executed one goes to `folder`, results to folder/out unless `out_dir` says otherwise or is None."""
+    options = []
+    for name, value in (dict(out_dir=folder/'out') | parameters).items():
+        if isinstance(value, list):
+            options += ['-y', f'{name}: {value}']
+        elif value is not None:
+            options += ['-p', name, str(value)]
+    command = [sys.executable, '-m', 'papermill', notebook, folder/'executed.ipynb']
+    return command + options + ['--no-progress-bar']
 
 
 def environment(cache, **variables):
@@ -24,8 +35,16 @@ def environment(cache, **variables):
 
 def papermill(folder, cache, timeout=300, variables=(), **parameters):
     "Run the ablation, or another `notebook`, in `folder`; returns the finished process."
-    return subprocess.run(papermill_command(folder, **parameters), cwd=folder, env=environment(cache, **dict(variables)),
-                          capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(
+        papermill_command(folder, **parameters), cwd=folder, env=environment(cache, **dict(variables)),
+        capture_output=True, text=True, timeout=timeout)
+
+
+def run_experiment(folder, cache, notebook, **parameters):
+    "Folder of the results of a run that must succeed."
+    process = papermill(folder, cache, timeout=900, notebook=ROOT/f'nbs/{notebook}.ipynb', **parameters)
+    assert process.returncode == 0, process.stderr[-3000:]
+    return folder/'out'
 
 
 def last_line(process):
@@ -35,11 +54,70 @@ def last_line(process):
 
 
 def check_cells(notebook, **parameters):
-    "Run a notebook's parameters, what papermill would inject, and the cell that checks them."
-    cells = [''.join(c['source']) for c in json.loads(notebook.read_text())['cells'] if c['cell_type'] == 'code']
+    "Run a notebook's parameters, what papermill would inject, and the cells before the run starts."
+    cells = [c for c in json.loads(notebook.read_text())['cells'] if c['cell_type'] == 'code']
+    sources = [''.join(c['source']) for c in cells]
     namespace = {}
-    exec(cells[0], namespace)
-    exec(cells[1], namespace | parameters)
+    exec(sources[0], namespace)
+    namespace |= parameters
+    for source in sources[1:]:
+        exec(source, namespace)
+        if 'run.start(' in source:
+            return
+
+
+def check_run(out, table, figures, n_sounds, baseline, config):
+    "What holds for every experiment's results; returns its table, by system, and its record."
+    record = json.loads((out/'run.json').read_text(), parse_constant=pytest.fail)  # NaN is not JSON
+    rows = pd.read_csv(out/f'{table}.csv').set_index('system')
+    check_record(record, config)
+    check_same(record['table'], rows)
+    check_columns(rows, baseline)
+    for name in (*figures, f'{table}.png', 'samples.png'):
+        pixels = plt.imread(out/name)
+        assert min(pixels.shape[:2]) > 100 and pixels[..., :3].std() > .01, name
+    sounds = sorted(out.glob('*.wav'))
+    assert len(sounds) == n_sounds
+    for path in sounds:
+        wave, rate = soundfile.read(path)
+        assert (rate, wave.shape) == (16000, (40960,)) and np.isfinite(wave).all()
+    leftovers = [path.name for path in out.rglob('*') if path.name.startswith('.')]
+    assert not leftovers
+    return rows, record
+
+
+def check_record(record, config):
+    "The parameters, and what a number needs to be repeated."
+    assert config.items() <= record['config'].items() and record['config']['preset'] == 'mini'
+    assert record['seeds'] == record['config']['seeds'] and record['peak_memory_gib'] > 0
+    assert {'version', 'commit', 'dirty'} <= set(record['code'])
+    assert {'torch', 'transformers', 'diffusers'} <= set(record['libraries'])
+    assert {'cpu', 'cores', 'ram_gb', 'gpu'} <= set(record['hardware'])
+    assert {'load', 'generation', 'scoring'} <= set(record['seconds'])
+    assert all(seconds > 0 for seconds in record['seconds'].values())
+
+
+def check_same(records, rows):
+    "The record holds the table."
+    table = pd.DataFrame(records).set_index('system')
+    assert list(table.index) == list(rows.index) and list(table.columns) == list(rows.columns)
+    for column in table.select_dtypes('number'):
+        np.testing.assert_array_equal(table[column].astype(float), rows[column].astype(float))
+
+
+def check_columns(rows, baseline):
+    "Intervals hold their values, and differences are those of the values: row minus baseline."
+    for column in rows.filter(regex='_low$').columns.str.removesuffix('_low'):
+        given = rows[[f'{column}_low', column, f'{column}_high']].dropna().astype(float)
+        assert len(given) and (given.diff(axis=1).iloc[:, 1:] >= -2e-4).all(axis=None), column
+    compared = rows.filter(regex='_diff$').columns.str.removesuffix('_diff')
+    assert len(compared)
+    for column in compared:
+        given = rows[f'{column}_diff'].dropna()
+        assert len(given) and baseline not in given.index
+        values = rows[column].astype(float)
+        np.testing.assert_allclose(given, values[given.index] - values[baseline], atol=2e-4)
+        assert rows.loc[given.index, f'{column}_diff_p'].between(0, 1, inclusive='right').all()
 
 
 @pytest.fixture(scope='session')
@@ -51,6 +129,7 @@ def new_cache(tmp_path_factory):
 
     def make():
         folder = tmp_path_factory.mktemp('cache')
-        if llm.parent == usual: (folder/llm.name).symlink_to(llm)
+        if llm.parent == usual:
+            (folder/llm.name).symlink_to(llm)
         return folder
     return make

@@ -168,7 +168,7 @@ def test_bad_rates(rate, tmp_path):
 MEMORY = '''
 import resource
 import numpy as np
-from egmi.evaluation.scoring import RESAMPLERS
+from egmi.evaluation.folders import RESAMPLERS
 
 def peak_kb():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
