@@ -1,4 +1,4 @@
-"""Trainings of the small models as a user runs them: alike for one seed, whole after a kill, safe on a full disk."""
+"""Trainings of the small models as a user runs them: one result for one seed, after a kill too."""
 import json
 import os
 import shutil

@@ -21,7 +21,7 @@ def autoencoder_loss(
     patch_weight:float,   # of the error of patches
     kl_weight:float=1e-3  # per latent element
 )->torch.Tensor:          # scalar
-    "Absolute reconstruction error of pixels and of patches + KL divergence of the latents from a unit Gaussian"
+    "Absolute error of pixels and of patches + KL divergence of the latents from a unit Gaussian"
     posterior = vae.encode(x_BCHW).latent_dist
     error_BCHW = vae.decode(posterior.sample()).sample - x_BCHW
     patches_BChw = nn.functional.avg_pool2d(error_BCHW, 4)

@@ -156,7 +156,7 @@ def main(
     onward:bool=False,   # start from the published weights, for another round
     root:str='weights',  # folder to publish into; what it lacks is read from the package
 ):
-    "Train the projection from ImageBind into SmolLM2, and its low-rank change; the small ImageBind must exist"
+    "Train the projection from ImageBind into SmolLM2, and its low-rank change"
     run = TrainingRun('projection', device, root, onward)
     corpus = render_corpus('train', n_scenes)
     config = FitConfig(steps, batch_size, lr=lr)

@@ -214,7 +214,7 @@ def write_tokenizer(
     tokenizer,  # of CLIP or RoBERTa
     folder:Path
 ):
-    "Write `vocab.json` and `merges.txt`, which every published folder has; `tokenizer.json` only some of them have"
+    "Write `vocab.json` and `merges.txt`, which every published folder has"
     tokenizer.save_pretrained(folder)
     tokenizer.backend_tokenizer.model.save(str(folder))
     (folder/'tokenizer.json').unlink()
@@ -296,6 +296,7 @@ def write_stable_diffusion(
     pipeline.save_pretrained(folder)
     write_tokenizer(tokenizer, folder/'tokenizer')
 
+# %% ../../nbs/small/11_random_weights.ipynb #0e83634f
 def write_audioldm(
     scale:Scale,
     folder:Path,
