@@ -1,6 +1,6 @@
 """The three tables with `-p preset paper -p weights tiny`: the paper's path with random weights, end to end.
 
-The working folder is neither the repository nor that of the weights, and the weights have the published names."""
+The working folder is neither the repository nor that of the weights, which have the published names."""
 import json
 import shutil
 import subprocess
