@@ -102,11 +102,13 @@ def check_same(records, rows):
     table = pd.DataFrame(records).set_index('system')
     assert list(table.index) == list(rows.index) and list(table.columns) == list(rows.columns)
     for column in table.select_dtypes('number'):
-        np.testing.assert_array_equal(table[column].astype(float), rows[column].astype(float))
+        written = rows[column].astype(float)
+        np.testing.assert_allclose(table[column].astype(float), written, rtol=1e-6)
 
 
 def check_columns(rows, baseline):
     "Intervals hold their values, and differences are those of the values: row minus baseline."
+    rows = rows[rows.n.notna()]  # without what others have published
     for column in rows.filter(regex='_low$').columns.str.removesuffix('_low'):
         given = rows[[f'{column}_low', column, f'{column}_high']].dropna().astype(float)
         assert len(given) and (given.diff(axis=1).iloc[:, 1:] >= -2e-4).all(axis=None), column

@@ -1,4 +1,4 @@
-"""Trainings of the small models as a user runs them: alike for one seed, whole after a kill, and safe on a full disk."""
+"""Trainings of the small models as a user runs them: one result for one seed, after a kill too."""
 import json
 import os
 import shutil
@@ -11,14 +11,20 @@ from conftest import environment
 
 from egmi.base.config import WEIGHTS
 
+CLIP = dict(batch_size=16, n_scenes=64)
 
-def trainer(name, cache, *flags, **options):
+
+def start_training(name, cache, *flags, **options):
     "A running `python -m egmi.small.NAME`."
-    command = [sys.executable, '-m', f'egmi.small.{name}', '--device', 'cpu', *flags, *(str(word) for k, v in options.items() for word in (f'--{k}', v))]
-    return subprocess.Popen(command, env=environment(cache, OMP_NUM_THREADS='1'), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [sys.executable, '-m', f'egmi.small.{name}', '--device', 'cpu', *flags]
+    for option, value in options.items():
+        command += [f'--{option}', str(value)]
+    variables = environment(cache, OMP_NUM_THREADS='1')
+    return subprocess.Popen(
+        command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def finished(process):
+def finish(process):
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output[-3000:]
 
@@ -29,32 +35,43 @@ def weights_in(root):
 
 
 def test_one_seed_gives_one_set_of_weights(tmp_path):
-    sizes = dict(steps=3, vision_steps=2, batch_size=16, n_scenes=64)
-    for name in ('first', 'second'): finished(trainer('clip', tmp_path/f'{name}-cache', root=tmp_path/name, **sizes))
-    first, second = weights_in(tmp_path/'first'), weights_in(tmp_path/'second')
-    assert list(first) == ['clip/model.safetensors'] and first == second
-    manifest = json.loads((tmp_path/'first/manifest.json').read_text())
-    assert {part: run['steps'] for part, run in manifest['made']['clip'].items()} == dict(contrastive=3, vision=2)
+    runs = []
+    for name in ('first', 'second'):
+        cache = tmp_path/f'{name}-cache'
+        runs.append(start_training('clip', cache, root=tmp_path/name, steps=3, vision_steps=2, **CLIP))
+    for run in runs:
+        finish(run)
+    first = weights_in(tmp_path/'first')
+    assert list(first) == ['clip/model.safetensors']
+    assert first == weights_in(tmp_path/'second')
+    made = json.loads((tmp_path/'first/manifest.json').read_text())['made']['clip']
+    assert {part: run['steps'] for part, run in made.items()} == dict(contrastive=3, vision=2)
 
 
 def test_a_killed_training_goes_on(tmp_path):
-    sizes = dict(steps=130, batch_size=4, n_scenes=32)
-    finished(trainer('judge', tmp_path/'cache', root=tmp_path/'whole', **sizes))
-    killed = trainer('judge', tmp_path/'other', root=tmp_path/'resumed', **sizes)
-    while not (tmp_path/'other/training/judge/picture.pt').exists(): time.sleep(.02)
+    sizes = dict(steps=101, batch_size=2, n_scenes=8)
+    killed = start_training('judge', tmp_path/'killed', root=tmp_path/'resumed', **sizes)
+    whole = start_training('judge', tmp_path/'cache', root=tmp_path/'whole', **sizes)
+    while not (tmp_path/'killed/training/judge/picture.pt').exists():
+        assert killed.poll() is None
+        time.sleep(.02)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
-    assert killed.returncode == -signal.SIGKILL and not (tmp_path/'resumed/judge').exists()
-    finished(trainer('judge', tmp_path/'other', root=tmp_path/'resumed', **sizes))
+    assert not (tmp_path/'resumed/judge').exists()
+    finish(start_training('judge', tmp_path/'killed', root=tmp_path/'resumed', **sizes))
+    finish(whole)
     assert weights_in(tmp_path/'whole') == weights_in(tmp_path/'resumed') != {}
 
 
-def test_another_round_keeps_the_tokenizer_that_the_weights_know(tmp_path):
-    shutil.copytree(WEIGHTS/'clip', tmp_path/'weights/clip')
-    finished(trainer('clip', tmp_path/'cache', '--onward', steps=2, vision_steps=3, batch_size=16, n_scenes=64, root=tmp_path/'weights'))
-    assert (tmp_path/'weights/clip/tokenizer.json').read_bytes() == (WEIGHTS/'clip/tokenizer.json').read_bytes()
-    made = json.loads((tmp_path/'weights/clip/training.json').read_text())
-    assert [(made[part]['steps'], 'onward_from' in made[part]) for part in ('contrastive', 'vision')] == [(2, True), (3, True)]
+def test_another_round_keeps_the_tokenizer_of_the_weights(tmp_path):
+    root = tmp_path/'weights'
+    shutil.copytree(WEIGHTS/'clip', root/'clip')
+    finish(start_training('clip', tmp_path/'cache', '--onward', root=root, steps=2, vision_steps=3, **CLIP))
+    assert (root/'clip/tokenizer.json').read_bytes() == (WEIGHTS/'clip/tokenizer.json').read_bytes()
+    made = json.loads((root/'clip/training.json').read_text())
+    assert {part: run['steps'] for part, run in made.items()} == dict(contrastive=2, vision=3)
+    assert all('onward_from' in run for run in made.values())
+    assert made['contrastive']['command'].startswith('python -m egmi.small.clip --device cpu --onward')
 
 
 # Writes two checkpoints; the disk is full before the second, if a limit is given.
@@ -66,15 +83,22 @@ from egmi.base.fitting import FitConfig, fit
 torch.manual_seed(0)
 model = torch.nn.Linear(64, 64)
 def loss_fn(step):
-    if step == 15 and len(sys.argv) > 2: resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
+    if step == 15 and len(sys.argv) > 2:
+        limit = int(sys.argv[2])
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     return model(torch.ones(8, 64)).square().mean()
 print(len(fit(model, loss_fn, FitConfig(steps=20, batch_size=8, save_every=10), Path(sys.argv[1]))))
 '''
 
 
+def fit_linear(path, *limit):
+    command = [sys.executable, '-c', FULL_DISK, path, *limit]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
-    run = lambda *limit: subprocess.run([sys.executable, '-c', FULL_DISK, tmp_path/'linear.pt', *limit], capture_output=True, text=True)
-    full = run('1000')
-    assert full.returncode == 1 and 'OSError' in full.stderr.splitlines()[-1]
+    full = fit_linear(tmp_path/'linear.pt', '1000')
+    assert full.returncode == 1
+    assert 'OSError' in full.stderr.splitlines()[-1]
     assert os.listdir(tmp_path) == ['linear.pt']
-    assert run().stdout == '20\n'
+    assert fit_linear(tmp_path/'linear.pt').stdout == '20\n'

@@ -36,7 +36,7 @@ from ..base.files import read_arrays, read_kept, read_or_make, replacing, write_
 from ..base.provenance import code_version, hardware
 from .statistics import adjust_p_values, mean_interval, paired_bootstrap, permutation_test
 
-# %% ../../nbs/evaluation/07_experiment.ipynb #5df78904
+# %% ../../nbs/evaluation/07_experiment.ipynb #9409eafd
 def interval_columns(
     scores:dict # column -> scores [N] or [S, N]
 )->dict:        # `{column}_low`, `{column}_high` -> number
@@ -48,7 +48,7 @@ def interval_columns(
         ends[f'{column}_high'] = high
     return ends
 
-# %% ../../nbs/evaluation/07_experiment.ipynb #a9139333
+# %% ../../nbs/evaluation/07_experiment.ipynb #db22832b
 def compare_systems(
     scores:dict,  # system -> column -> scores [N] or [S, N]
     baseline:str, # the system that all others are compared with
@@ -116,27 +116,8 @@ def check_parameters(
         if not isinstance(value, allowed):
             raise ValueError(f'parameter {name!r} must be of type {kind.__name__}, not {value!r}')
 
-# %% ../../nbs/evaluation/07_experiment.ipynb #8d21f5bb
+# %% ../../nbs/evaluation/07_experiment.ipynb #df2fa6a5
 PACKAGE = WEIGHTS.parent
-
-@cache
-def imported_files(
-    module:str,          # dotted name, such as `egmi.training`
-    package:Path=PACKAGE # folder of `egmi`
-)->tuple:                # Paths, in order; FileNotFoundError if there is no such module
-    "Source files of a module and of all modules of this package that it imports"
-    waiting = [module]
-    found = {module: _source_file(module, package)}
-    if found[module] is None:
-        raise FileNotFoundError(f'there is no module {module}')
-    while waiting:
-        name = waiting.pop()
-        for imported in _imported_names(name, found[name]):
-            path = _source_file(imported, package)
-            if path and imported not in found:
-                found[imported] = path
-                waiting.append(imported)
-    return tuple(sorted(found.values()))
 
 def _source_file(module, package):
     "The file of a module of this package; None for anything else"
@@ -159,15 +140,33 @@ def _imported_names(module, path):
             names += [f'{start}.{alias.name}' for alias in node.names] # which may be modules too
     return names
 
+# %% ../../nbs/evaluation/07_experiment.ipynb #79ba0314
+@cache
+def imported_files(
+    module:str,          # dotted name, such as `egmi.training`
+    package:Path=PACKAGE # folder of `egmi`
+)->tuple:                # Paths, in order; FileNotFoundError if there is no such module
+    "Source files of a module and of all modules of this package that it imports"
+    waiting = [module]
+    found = {module: _source_file(module, package)}
+    if found[module] is None:
+        raise FileNotFoundError(f'there is no module {module}')
+    while waiting:
+        name = waiting.pop()
+        for imported in _imported_names(name, found[name]):
+            path = _source_file(imported, package)
+            if path and imported not in found:
+                found[imported] = path
+                waiting.append(imported)
+    return tuple(sorted(found.values()))
+
 # %% ../../nbs/evaluation/07_experiment.ipynb #073e8a47
 def code_hash(
-    modules,             # dotted names; all modules of the package if there are none
+    modules,             # dotted names
     package:Path=PACKAGE # folder of `egmi`
 )->str:                  # hexadecimal
     "One number for the sources of modules and of all that they import"
-    files = set(package.rglob('*.py'))
-    if modules:
-        files = {path for module in modules for path in imported_files(module, package)}
+    files = {path for module in modules for path in imported_files(module, package)}
     digest = hashlib.sha256()
     for path in sorted(files):
         digest.update(path.read_bytes())
@@ -176,12 +175,13 @@ def code_hash(
 def work_folder(
     name:str,    # of the experiment or stage
     inputs:dict, # whatever decides what is made: parameters, hashes of ids and files
-    *modules:str # dotted names of the modules that make it; all of the package if there are none
+    module:str,  # dotted name of the module that makes it
+    *more:str    # further ones
 )->Path:
     "Cache folder of a stage: another one for other inputs, small weights or code"
     manifest = json.loads((WEIGHTS/'manifest.json').read_text())['files']
     weights = {file: entry['sha256'] for file, entry in manifest.items() if not file.startswith('egmi/')}
-    decisive = [inputs, weights, code_hash(modules)]
+    decisive = [inputs, weights, code_hash([module, *more])]
     text = json.dumps(decisive, sort_keys=True, default=str)
     digest = hashlib.sha256(text.encode()).hexdigest()
     return cache_dir(name, digest[:12])
@@ -245,7 +245,7 @@ def table_records(
     "Rows as JSON can hold them: four digits, and None for what is missing"
     return json.loads(table.round(4).to_json(orient='records'))
 
-# %% ../../nbs/evaluation/07_experiment.ipynb #c6c7766f
+# %% ../../nbs/evaluation/07_experiment.ipynb #f91a2470
 class Experiment:
     "One run: its frozen parts, the folders of its work and its results, the time of its stages"
     def __init__(self,
@@ -260,7 +260,7 @@ class Experiment:
         self.seconds = {} # stage -> seconds
         self.folders = {} # stage -> folder of its work
 
-# %% ../../nbs/evaluation/07_experiment.ipynb #76b615f9
+# %% ../../nbs/evaluation/07_experiment.ipynb #ed7e8826
 @patch
 def keep(self:Experiment,
     stage:str,   # name, as `stage` takes it
@@ -287,7 +287,7 @@ def stage(self:Experiment,
         if name in self.folders:
             write_json(self.folders[name]/'seconds.json', {name: self.seconds[name]})
 
-# %% ../../nbs/evaluation/07_experiment.ipynb #217f7dca
+# %% ../../nbs/evaluation/07_experiment.ipynb #85ee9784
 @patch
 def start(self:Experiment,
     config:dict, # parameter -> value
@@ -327,7 +327,7 @@ def save_sound(self:Experiment,
     with replacing(self.out/name) as beside:
         soundfile.write(beside, audio, sample_rate, format='WAV')
 
-# %% ../../nbs/evaluation/07_experiment.ipynb #68035ba7
+# %% ../../nbs/evaluation/07_experiment.ipynb #3c68132b
 def _peak_memory(device):
     "GiB that this process has held at most, of the machine and of its GPU"
     peaks = dict(peak_memory_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)

@@ -115,7 +115,7 @@ def look_alikes(
     labels_NF,           # factors as class indices, in the order of `FACTOR_VALUES`
     factor:str='object', # in which they differ
     seed:int=0           # of the order
-)->np.ndarray:           # row numbers [G, width]; the width is the power of two that the factor's values allow
+)->np.ndarray:           # row numbers [G, width], width the power of two that the factor's values allow
     "Groups of scenes that differ in one factor and agree in all others, but for a few at the seams"
     width = 2**int(np.log2(len(FACTOR_VALUES[factor])))
     scenes = pd.DataFrame(np.array(labels_NF), columns=list(FACTOR_VALUES))
@@ -179,7 +179,7 @@ def main(
     batch_size:int=64,   # pairs a step; the others in the batch are the negatives
     n_scenes:int=16000,  # rendered scenes, seed 0
     lr:float=1e-3,       # learning rate
-    parts:str='contrastive vision', # what to train; without `contrastive` it is taken from the published weights
+    parts:str='contrastive vision', # what to train; the rest is taken from the published weights
     device:str='auto',   # cpu, cuda...
     onward:bool=False,   # start from the published weights, for another round
     root:str='weights',  # folder to publish into; what it lacks is read from the package

@@ -56,7 +56,7 @@ class TrainingRun:
         device:str='auto',        # as `pick_device` takes it
         root='weights',           # folder that the component's folder goes to
         another_round:bool=False, # each part starts from its published weights
-        old_share:float=0.        # of the weights before the round in the published average; ValueError outside [0, 1)
+        old_share:float=0.        # of the weights before the round in the average, in [0, 1)
     ):
         if not 0 <= old_share < 1:
             raise ValueError(
