@@ -19,7 +19,8 @@ from conftest import ROOT, environment
 
 from egmi.base.files import read_kept
 from egmi.base.fitting import FitConfig, fit, in_batches
-from egmi.evaluation.experiment import kept_seconds, made_once
+from egmi.base.files import made_once
+from egmi.evaluation.experiment import kept_seconds
 from egmi.evaluation.folders import read_pairs
 from egmi.evaluation.outputs import run_on_files
 from egmi.model import EGMI
@@ -309,7 +310,7 @@ folder = Path(sys.argv[1])
 os.environ['EGMI_CACHE'] = str(folder/'cache')
 from egmi.base.files import write_json, write_table
 from egmi.base.fitting import FitConfig
-from egmi.evaluation.experiment import made_once
+from egmi.base.files import made_once
 from egmi.evaluation.judge import Judge
 from egmi.frozen.imagebind import ImageBind, ImageBindConfig, TowerConfig
 from egmi.mapper import EGMIMapper, MapperConfig

@@ -6,7 +6,7 @@
 __all__ = ['ADVICE', 'DIFFERENCES', 'RESTORE', 'BadFile', 'bad_file', 'opened', 'list_files', 'plain_spelling',
            'spelling_differences', 'describe_twins', 'explain_mismatch', 'discard', 'clear_leftovers', 'usual_mode',
            'replacing', 'jsonable', 'write_json', 'write_table', 'is_machine_error', 'read_kept', 'read_or_make',
-           'read_arrays', 'map_rows', 'file_hash', 'check_files', 'check_space']
+           'read_arrays', 'map_rows', 'made_once', 'file_hash', 'check_files', 'check_space']
 
 # %% ../../nbs/base/01_files.ipynb #e94f7c87
 from contextlib import contextmanager, suppress
@@ -277,6 +277,18 @@ def map_rows(
     if size != expected:
         raise ValueError(f'{size:,} bytes, not {expected:,}')
     return rows
+
+# %% ../../nbs/base/01_files.ipynb #09067f11
+def made_once(
+    path, # .npz to write, or to read if it is there
+    make  # () -> {name: array}
+):        # name -> array
+    "Arrays from a file, made and written whole if there is none, or a damaged one"
+    def write(path):
+        arrays = make()
+        with replacing(path) as beside, open(beside, 'wb') as f:
+            np.savez(f, **arrays)
+    return read_or_make(path, read_arrays, write)
 
 # %% ../../nbs/base/01_files.ipynb #5e0f6ec5
 RESTORE = 'restore it with `git checkout` or reinstall egmi'

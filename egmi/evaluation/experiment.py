@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'LIBRARIES', 'interval_columns', 'compare_systems', 'check_writable', 'check_parameters', 'imported_files',
-           'code_hash', 'work_folder', 'time_stage', 'kept_seconds', 'made_once', 'provenance', 'table_records',
-           'Experiment']
+           'code_hash', 'work_folder', 'time_stage', 'kept_seconds', 'provenance', 'table_records', 'Experiment']
 
 # %% ../../nbs/evaluation/07_experiment.ipynb #1d2588ae
 from contextlib import contextmanager
@@ -32,7 +31,7 @@ import torch
 from fastcore.basics import patch
 
 from ..base.config import Preset, WEIGHTS, cache_dir
-from ..base.files import read_arrays, read_kept, read_or_make, replacing, write_json, write_table
+from ..base.files import read_kept, replacing, write_json, write_table
 from ..base.provenance import code_version, hardware
 from .statistics import adjust_p_values, mean_interval, paired_bootstrap, permutation_test
 
@@ -206,18 +205,6 @@ def kept_seconds(
     def read(path):
         return {stage: float(s) for stage, s in json.loads(path.read_text()).items()}
     return read_kept(folder/'seconds.json', read) or {}
-
-# %% ../../nbs/evaluation/07_experiment.ipynb #09067f11
-def made_once(
-    path, # .npz to write, or to read if it is there
-    make  # () -> {name: array}
-):        # name -> array
-    "Arrays from a file, made and written whole if there is none, or a damaged one"
-    def write(path):
-        arrays = make()
-        with replacing(path) as beside, open(beside, 'wb') as f:
-            np.savez(f, **arrays)
-    return read_or_make(path, read_arrays, write)
 
 # %% ../../nbs/evaluation/07_experiment.ipynb #b7e146da
 LIBRARIES = ('torch', 'transformers', 'diffusers', 'numpy', 'scipy')
