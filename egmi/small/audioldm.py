@@ -113,9 +113,10 @@ def train_vocoder(
         mel_BTF = to_device(corpus.mels_NTF[rows, start:end]).float()
         wave_BT = to_device(corpus.waves_NT[rows, 160 * start:160 * end]) / 32767
         found_BT = vocoder(given_BTF).float()
+        wave_error = spectral_loss(found_BT, wave_BT)
         found_BTF = log_mel(found_BT)[:, 0]
         mel_error = (found_BTF[:, 4:-4] - mel_BTF[:, 4:-4]).abs().mean()
-        return spectral_loss(found_BT, wave_BT) + 4 * mel_error
+        return wave_error + 4 * mel_error
 
     return run.fit('vocoder', vocoder, loss_fn, config)
 

@@ -256,8 +256,8 @@ def write_delta(
     torch.manual_seed(seed)
     drawn = OrderedDict()
     for key, shape in delta_shapes(llm, imagebind.config.embed_dim).items():
-        values = .02 * torch.randn(shape, device=device)
-        drawn[key] = nn.Parameter(values.half())
+        values = torch.randn(shape, device=device).half()
+        drawn[key] = nn.Parameter(.02 * values)
     folder.mkdir(parents=True)
     torch.save(drawn, folder/'pytorch_model.pt')
 
