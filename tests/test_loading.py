@@ -18,8 +18,9 @@ from egmi.frozen.imagebind import ImageBind
 from egmi.frozen.llm import load_llm, smollm2_path
 from egmi.frozen.pandagpt import PandaGPT
 from egmi.frozen.prefix import run_prefix, run_tail, run_whole
-from egmi.small.rehearsal import (
-    TINY, draw, write_audioldm, write_clap, write_clip, write_llm, write_stable_diffusion)
+from egmi.small.random_weights import (
+    TINY, draw, write_audioldm, write_clap,
+    write_clip, write_llm, write_stable_diffusion)
 
 SD = StableDiffusion.from_pretrained
 

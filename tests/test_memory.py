@@ -10,7 +10,7 @@ import egmi.training
 from egmi.frozen.diffusion import generators_for
 from egmi.frozen.prefix import run_prefix, run_tail
 from egmi.model import load_generators, load_panda, mapper_config
-from egmi.small.rehearsal import TINY, places, random_preset, write_weights
+from egmi.small.random_weights import TINY, weight_variables, random_preset, write_weights
 from egmi.training import cache_prefixes, make_conditioner, predict_conditions
 
 TEXTS = ['a bell', 'three big green whistles indoors', 'a drum in the rain', 'two birds',
@@ -23,7 +23,7 @@ def parts(tmp_path_factory):
     folder = tmp_path_factory.mktemp('random')/'all'
     write_weights(TINY, folder)
     preset = random_preset(TINY)
-    with mock.patch.dict(os.environ, places(folder)):
+    with mock.patch.dict(os.environ, weight_variables(folder)):
         panda = load_panda(preset)
         stable_diffusion, audioldm = load_generators(preset)
     audioldm.seconds = .64

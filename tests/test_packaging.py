@@ -66,7 +66,7 @@ def required_versions():
     "Name -> versions, of all requirements in settings.ini."
     settings = configparser.ConfigParser(delimiters=['='], interpolation=None)
     settings.read(ROOT/'settings.ini')
-    lines = ' '.join(settings['DEFAULT'][f'{extra}requirements'] for extra in ('', 'dev_', 'paper_'))
+    lines = ' '.join(settings['DEFAULT'][f'{extra}requirements'] for extra in ('', 'dev_'))
     return {canonicalize_name(r.name): r.specifier for r in map(Requirement, lines.split())}
 
 

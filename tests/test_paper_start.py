@@ -20,7 +20,7 @@ from egmi.base.config import component_path, get_preset
 from egmi.evaluation.outputs import load_networks
 from egmi.frozen.weights import SOURCES, main, wanted_files
 from egmi.model import load_generators, load_panda
-from egmi.small.rehearsal import TINY, write_weights
+from egmi.small.random_weights import TINY, write_weights
 
 PAPER = get_preset('paper')
 

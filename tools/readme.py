@@ -23,11 +23,14 @@ def visible(cell):
         cell.source = link_from_root(cell.source)
         return cell
     directives = dict(DIRECTIVE.findall(cell.source))
-    if cell.cell_type == 'raw' or 'hide' in directives or directives.get('include') == 'false': return None
-    if directives.get('output') == 'false': cell.outputs = []
+    if cell.cell_type == 'raw' or 'hide' in directives or directives.get('include') == 'false':
+        return None
+    if directives.get('output') == 'false':
+        cell.outputs = []
     for output in cell.get('outputs', []):
         data = output.get('data', {})
-        if 'text/markdown' in data: data['text/markdown'] = link_from_root(data['text/markdown'])
+        if 'text/markdown' in data:
+            data['text/markdown'] = link_from_root(data['text/markdown'])
     cell.source = '' if directives.get('echo') == 'false' else DIRECTIVE.sub('', cell.source)
     return cell if cell.source or cell.outputs else None
 
@@ -36,10 +39,12 @@ def render(nb):
     "Markdown text and its pictures, `{path: bytes}`."
     nb.cells = [c for c in map(visible, nb.cells) if c is not None]
     exporter = MarkdownExporter()
-    exporter.config.NbConvertBase.display_data_priority = ['text/markdown', 'image/svg+xml', 'image/png', 'text/plain']
+    formats = ['text/markdown', 'image/svg+xml', 'image/png', 'text/plain']
+    exporter.config.NbConvertBase.display_data_priority = formats
     resources = {'output_files_dir': 'README_files', 'unique_key': 'README'}
     text, resources = exporter.from_notebook_node(nb, resources)
-    text = re.sub(r'^```\w*\n\s*```$|^[ \t]+$', '', text, flags=re.MULTILINE)  # left by cells whose code is not echoed
+    # left by cells whose code is not echoed
+    text = re.sub(r'^```\w*\n\s*```$|^[ \t]+$', '', text, flags=re.MULTILINE)
     return re.sub(r'\n{3,}', '\n\n', text).strip() + '\n', resources['outputs']
 
 
