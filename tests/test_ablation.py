@@ -13,6 +13,8 @@ import scipy.linalg
 
 from conftest import check_run, environment, papermill_command, run_experiment
 
+pytestmark = pytest.mark.slow
+
 TINY = dict(steps=4, batch_size=4, n_train=8, n_eval=4, n_vocabulary=2, sampling_steps=2)
 MAPPERS = ['Separated mapper', 'Cross mapper', 'EGMI mapper']
 RIVALS = MAPPERS[:2]

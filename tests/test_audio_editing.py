@@ -9,6 +9,8 @@ import soundfile
 
 from conftest import ROOT, check_cells, check_run, run_experiment
 
+pytestmark = pytest.mark.slow
+
 NOTEBOOK = ROOT/'nbs/audio_editing.ipynb'
 TINY = dict(n_eval=6, n_strength=2, n_data=2, sampling_steps=2, strengths=[.5], device='cpu')
 EDITS = [

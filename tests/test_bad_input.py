@@ -19,6 +19,7 @@ REMEDY = 'restore it with `git checkout` or reinstall egmi'
 
 # Parameters of a notebook
 
+@pytest.mark.slow
 def test_papermill_refuses_an_unknown_parameter(tmp_path):
     line = last_line(papermill(tmp_path, tmp_path/'cache', stpes=4))
     assert line == "ValueError: unknown parameter 'stpes': did you mean 'steps'?"
@@ -217,6 +218,7 @@ def site(tmp_path):
     return tmp_path/'site'
 
 
+@pytest.mark.slow
 def test_report_says_which_weights_are_missing(site, tmp_path):
     weights = site/'egmi/weights'
     for name in ('judge/sound', 'projection'):

@@ -279,6 +279,7 @@ def contents(folder):
     return {path: hashlib.sha256(path.read_bytes()).digest() for path in files}
 
 
+@pytest.mark.slow
 def test_a_training_leaves_the_package_as_it_is(tmp_path):
     "From any folder, and from the published weights."
     site = tmp_path/'site'
@@ -340,6 +341,7 @@ render_corpus('train', 2)
 '''
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('umask', ['022', '077'])
 def test_files_have_the_permissions_of_other_files(umask, tmp_path):
     folder = tmp_path/'written'

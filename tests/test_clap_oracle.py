@@ -3,6 +3,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 # Runs in a process of its own, without the hub and with a command line that laion_clap would refuse.
 # On import, 1.1.7 fetches three tokenizers from the hub, and 1.1.5 reads sys.argv.
 # The constructor fetches RoBERTa.
@@ -86,6 +88,7 @@ report('audio', 0, ours.embed_sounds(waves, 48_000), audio)
 """
 
 
+@pytest.mark.slow
 def test_converted_clap_equals_laion_clap(tmp_path):
     offline = os.environ | dict(HF_HUB_OFFLINE='1', HF_HOME=str(tmp_path))
     command = [sys.executable, '-c', SCRIPT, tmp_path/'clap.pt']

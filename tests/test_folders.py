@@ -68,6 +68,7 @@ def score(folders, **options):
 
 # The command line
 
+@pytest.mark.slow
 def test_command_writes_and_prints_the_scores(folders, tmp_path):
     captions = {s.id: s.caption for s in SCENES}
     pd.DataFrame(captions.items(), columns=['id', 'caption']).to_csv(tmp_path/'captions.csv', index=False)
@@ -330,6 +331,7 @@ def write_random(path, make, wrap):
     torch.save(wrap(model.state_dict()), path)
 
 
+@pytest.mark.slow
 def test_paper_networks_at_full_size(folders, given, tmp_path):
     "Cnn14 and VGGish with random weights, a tiny CLAP in its published layout."
     paths = {name: tmp_path/f'{name}.pth' for name in ('cnn14', 'vggish')}

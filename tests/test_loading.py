@@ -166,6 +166,7 @@ def write_constant(folder, rows, gain):
     (folder/'tokenizer.model').write_bytes(b'')
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='the peak of memory is read from /proc')
 def test_merging_takes_the_memory_of_a_few_tensors(tmp_path):
     "Both models are 140 MB in one file each; the merge needs three shards of 10 MB and a tensor or two."

@@ -45,6 +45,7 @@ def belongs_to_the_package(name):
         name.endswith(('.py', '/py.typed')) or name.startswith('egmi/weights/'))
 
 
+@pytest.mark.slow
 def test_wheel_holds_the_package_and_nothing_else(wheel):
     expected = {name for name in committed_files() if belongs_to_the_package(name)}
     found = {name for name in zipfile.ZipFile(wheel).namelist() if '.dist-info/' not in name}
@@ -98,6 +99,7 @@ for name in egmi.__all__:
 """
 
 
+@pytest.mark.slow
 def test_wheel_imports_elsewhere(wheel, tmp_path):
     site = tmp_path/'site'
     zipfile.ZipFile(wheel).extractall(site)

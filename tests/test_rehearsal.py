@@ -12,6 +12,8 @@ import pytest
 
 from conftest import ROOT, environment, papermill, run_experiment
 
+pytestmark = pytest.mark.slow
+
 RIVALS = ['Separated mapper', 'Cross mapper', 'Separated mapper, matched', 'Cross mapper, matched']
 MAPPERS = ['EGMI mapper', *RIVALS]
 ANCHORS = ['text encoder (upper bound)', 'shuffled captions (floor)']

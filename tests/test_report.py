@@ -3,8 +3,11 @@ import json
 import shutil
 
 import pandas as pd
+import pytest
 
 from conftest import ROOT, last_line, papermill
+
+pytestmark = pytest.mark.slow
 
 RUNS = ROOT/'runs/mini'
 TITLES = dict(text_to_audio='Table 1', audio_editing='Table 2', ablation='Table 3')

@@ -7,6 +7,8 @@ import pytest
 
 from conftest import ROOT, check_cells, check_run, run_experiment
 
+pytestmark = pytest.mark.slow
+
 NOTEBOOK = ROOT/'nbs/text_to_audio.ipynb'
 TINY = dict(steps=2, batch_size=2, n_train=4, n_eval=6, sampling_steps=1)
 SYSTEMS = ['EGMI', 'NExT-GPT-style mapper', 'GILL-style mapper', 'AudioLDM']

@@ -7,9 +7,13 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from conftest import environment
 
 from egmi.base.config import WEIGHTS
+
+pytestmark = pytest.mark.slow
 
 CLIP = dict(batch_size=16, n_scenes=64)
 

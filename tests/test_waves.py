@@ -181,6 +181,7 @@ print((peak_kb() - before) // 1024)
 '''
 
 
+@pytest.mark.slow
 def test_long_sounds_need_little_memory():
     "Thirty minutes at 48 kHz are 346 MB, and 115 MB at 16 kHz."
     process = subprocess.run([sys.executable, '-c', MEMORY], capture_output=True, text=True, cwd=ROOT)

@@ -141,6 +141,7 @@ OUTPUTS = [ # name, shape, largest magnitude
     ('audioldm', [2, 40960], 2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name, shape, limit', OUTPUTS)
 def test_component_works_without_egmi(outputs, name, shape, limit):
     found, smallest, largest, deviation = outputs[name]
