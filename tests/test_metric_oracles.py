@@ -60,9 +60,11 @@ def sound(rng, seconds):
 def test_frechet_distance_equals_three_libraries(n, m):
     "Roots of singular covariances cost the libraries half their digits, which leaves 1e-6."
     rng = np.random.default_rng(0)
-    x, y = like_a_network(rng, n), like_a_network(rng, m, shift=.2)
+    x = like_a_network(rng, n)
+    y = like_a_network(rng, m, shift=.2)
     ours = frechet_distance(x, y)
-    tx, ty = torch.tensor(x), torch.tensor(y)
+    tx = torch.tensor(x)
+    ty = torch.tensor(y)
     statistics = fid_features_to_statistics(tx), fid_features_to_statistics(ty)
     close(ours, fid_statistics_to_metric(*statistics, verbose=False)['frechet_inception_distance'])
     close(ours, _compute_fid(tx.mean(0), tx.T.cov(), ty.mean(0), ty.T.cov()).item())
@@ -75,9 +77,11 @@ def test_frechet_distance_equals_three_libraries(n, m):
 def test_frechet_distance_of_biased_covariances_is_another():
     "With ddof 0, as some scripts have it, the traces shrink by (N - 1) / N and the means stay."
     rng = np.random.default_rng(1)
-    x, y = like_a_network(rng, 200), like_a_network(rng, 200, shift=.3)
+    x = like_a_network(rng, 200)
+    y = like_a_network(rng, 200, shift=.3)
     shift = np.sum((x.mean(0) - y.mean(0))**2)
-    tx, ty = torch.tensor(x), torch.tensor(y)
+    tx = torch.tensor(x)
+    ty = torch.tensor(y)
     covariances = tx.T.cov(correction=0), ty.T.cov(correction=0)
     biased = _compute_fid(tx.mean(0), covariances[0], ty.mean(0), covariances[1]).item()
     close(biased - shift, (frechet_distance(x, y) - shift) * 199 / 200)
@@ -95,8 +99,11 @@ def test_kernel_distance_against_kid():
 
     Given our Gaussian kernel, both libraries say what we say, but for the factor 100."""
     rng = np.random.default_rng(3)
-    x, y = like_a_network(rng, 150), like_a_network(rng, 150, shift=.2)
-    tx, ty, bandwidth = torch.tensor(x), torch.tensor(y), np.median(pdist(x))
+    x = like_a_network(rng, 150)
+    y = like_a_network(rng, 150, shift=.2)
+    tx = torch.tensor(x)
+    ty = torch.tensor(y)
+    bandwidth = np.median(pdist(x))
 
     def fidelity(**kernel):
         options = dict(kid_subsets=1, kid_subset_size=150, rng_seed=0, verbose=False)
@@ -128,7 +135,8 @@ def test_kl_divergence_of_audioldm_eval():
     for sure in (.5, 4., 40.):
         ref, gen = sure * rng.normal(size=(2, 60, 527))
         p, q = (np.exp(s - s.max(1, keepdims=True)) for s in (ref, gen))
-        p, q = p / p.sum(1, keepdims=True), q / q.sum(1, keepdims=True)
+        p = p / p.sum(1, keepdims=True)
+        q = q / q.sum(1, keepdims=True)
         terms = np.where(p > 0, p * np.log(np.maximum(p, 1e-300) / (q + 1e-6)), 0)
         expected = terms.sum(1)
         close(kl_of_pairs(ref, gen, KL_EPSILON), expected, 1e-9)
@@ -192,7 +200,8 @@ def test_cepstra_are_those_of_a_sound_without_infrasound():
     gain_F = np.append(0, 1 / (1 + ratio_F**4))
     left = np.fft.irfft(np.fft.rfft(wave, 2 * len(wave)) * gain_F)[:len(wave)]
     middle = slice(200, 300)
-    ours, theirs = mel_cepstra(wave, RATE)[middle], mel_cepstra(left, RATE, highpass=0.)[middle]
+    ours = mel_cepstra(wave, RATE)[middle]
+    theirs = mel_cepstra(left, RATE, highpass=0.)[middle]
     assert abs(ours - theirs).max() < 1e-6 * abs(theirs).max()
     assert abs(ours - mel_cepstra(wave, RATE, highpass=0.)[middle]).max() > .05 * abs(theirs).max()
 
@@ -204,7 +213,9 @@ def test_unscaled_distortion_equals_mel_cepstral_distance(monkeypatch):
     symmetric: both are given to both here."""
     theirs = pytest.importorskip('mel_cepstral_distance.computation')
     alignment = pytest.importorskip('mel_cepstral_distance.alignment')
-    rng, n_mels, n_cepstra = np.random.default_rng(9), 20, 15
+    rng = np.random.default_rng(9)
+    n_mels = 20
+    n_cepstra = 15
     filters_KF = theirs.get_w_n_m(RATE, 512, n_mels, 0, 8000)
     monkeypatch.setattr(metrics, 'triangular_filters', lambda *_: filters_KF.T)
     waves = [sound(rng, .8), sound(rng, .9)]
@@ -250,7 +261,8 @@ quick = settings(max_examples=30, deadline=None, derandomize=True)
 @given(seeds, sizes, sizes)
 def test_sets(seed, n, m):
     "Nothing to itself, symmetric, blind to order, and moved by what moves both only in rounding."
-    x, y = features(seed, n), features(seed + 1, m) + 1
+    x = features(seed, n)
+    y = features(seed + 1, m) + 1
     rng = np.random.default_rng(seed)
     scale = np.sum(x.var(0)) + np.sum(y.var(0))
     assert abs(frechet_distance(x, rng.permutation(x))) < 1e-9 * scale
@@ -283,7 +295,8 @@ def test_kernel_distance_of_a_set_to_itself(seed, n):
 def test_logits(seed, n):
     "A constant on all logits of a row changes nothing, nor does the order, but for scores in several parts."
     logits, other = 3 * np.random.default_rng(seed).normal(size=(2, n, 7))
-    order, shift = np.random.default_rng(seed).permutation(n), np.arange(n)[:, None]
+    order = np.random.default_rng(seed).permutation(n)
+    shift = np.arange(n)[:, None]
     score = inception_score(logits, splits=1)[0]
     assert 1 <= score <= 7
     close(inception_score(logits[order] + shift, splits=1)[0], score, 1e-9)
@@ -298,7 +311,8 @@ def test_logits(seed, n):
 def test_distortion(seed, gain, sign):
     "Nothing to itself, symmetric, blind to gain and sign without c0; with c0 a gain costs its dB."
     rng = np.random.default_rng(seed)
-    a, b = sound(rng, .3), sound(rng, .4)
+    a = sound(rng, .3)
+    b = sound(rng, .4)
     assert mel_cepstral_distortion(a, a, RATE) == 0
     assert mel_cepstral_distortion(a, sign * gain * a, RATE) < 1e-6
     between = mel_cepstral_distortion(a, b, RATE)
@@ -327,7 +341,10 @@ def test_comparisons(seed, clips, runs):
 
 # Bad input
 
-ONE, FLAT, HOLED, SAME = np.ones((1, 4)), np.ones(4), np.full((5, 4), np.nan), np.ones((5, 4))
+ONE = np.ones((1, 4))
+FLAT = np.ones(4)
+HOLED = np.full((5, 4), np.nan)
+SAME = np.ones((5, 4))
 GOOD = np.random.default_rng(0).normal(size=(9, 4))
 
 

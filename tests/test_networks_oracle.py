@@ -7,8 +7,7 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from egmi.evaluation.networks import (
-    RATE, Cnn14, VGGish, at_16k, log_mel_examples, split_examples)
+from egmi.evaluation.networks import RATE, Cnn14, VGGish, at_16k, log_mel_examples, split_examples
 
 rng = np.random.default_rng(0)
 
