@@ -8,13 +8,10 @@ import io
 
 import numpy as np
 import pytest
-import scipy.linalg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.distance import cdist, pdist
-from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
-from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torchaudio.functional import create_dct, melscale_fbanks
 from torchmetrics.image.fid import _compute_fid
@@ -56,24 +53,6 @@ def sound(rng, seconds):
 
 # Sets
 
-@pytest.mark.parametrize('n, m', [(500, 400), (60, 70), (40, 500)])
-def test_frechet_distance_equals_three_libraries(n, m):
-    "Roots of singular covariances cost the libraries half their digits, which leaves 1e-6."
-    rng = np.random.default_rng(0)
-    x = like_a_network(rng, n)
-    y = like_a_network(rng, m, shift=.2)
-    ours = frechet_distance(x, y)
-    tx = torch.tensor(x)
-    ty = torch.tensor(y)
-    statistics = fid_features_to_statistics(tx), fid_features_to_statistics(ty)
-    close(ours, fid_statistics_to_metric(*statistics, verbose=False)['frechet_inception_distance'])
-    close(ours, _compute_fid(tx.mean(0), tx.T.cov(), ty.mean(0), ty.T.cov()).item())
-    covariances = [np.cov(s.T) + 1e-12 * np.eye(96) for s in (x, y)]
-    root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
-    expected = np.sum((x.mean(0) - y.mean(0))**2) + np.trace(sum(covariances) - 2 * root)
-    close(ours, expected, 1e-5 if min(n, m) < 96 else 1e-6)
-
-
 def test_frechet_distance_of_biased_covariances_is_another():
     "With ddof 0, as some scripts have it, the traces shrink by (N - 1) / N and the means stay."
     rng = np.random.default_rng(1)
@@ -85,13 +64,6 @@ def test_frechet_distance_of_biased_covariances_is_another():
     covariances = tx.T.cov(correction=0), ty.T.cov(correction=0)
     biased = _compute_fid(tx.mean(0), covariances[0], ty.mean(0), covariances[1]).item()
     close(biased - shift, (frechet_distance(x, y) - shift) * 199 / 200)
-
-
-@pytest.mark.parametrize('n', [957, 64, 21])
-def test_inception_score_equals_torch_fidelity(n):
-    logits = 3 * np.random.default_rng(2).normal(size=(n, 527))
-    theirs = isc_features_to_metric(torch.tensor(logits), splits=10, shuffle=True, rng_seed=2020)
-    close(inception_score(logits), list(theirs.values()), 1e-10)
 
 
 def test_kernel_distance_against_kid():
@@ -121,12 +93,6 @@ def test_kernel_distance_against_kid():
     assert abs(gaussian / cubic - 1) > .1
 
 
-def test_kl_divergence_equals_torch():
-    ref, gen = 4 * np.random.default_rng(4).normal(size=(2, 80, 527))
-    p, q = (torch.distributions.Categorical(logits=torch.tensor(s)) for s in (ref, gen))
-    close(kl_divergence(ref, gen), torch.distributions.kl_divergence(p, q).mean().item(), 1e-10)
-
-
 def test_kl_divergence_of_audioldm_eval():
     """Written out from its source: epsilon joins the generated probabilities alone, after the softmax.
 
@@ -145,15 +111,6 @@ def test_kl_divergence_of_audioldm_eval():
 
 
 # Mel cepstral distortion
-
-@pytest.mark.parametrize('shape', [(1, 1), (1, 40), (40, 1), (120, 75), (300, 310)])
-def test_warping_equals_dtw_python(shape):
-    rng = np.random.default_rng(6)
-    cost = cdist(*(np.cumsum(rng.normal(size=(n, 5)), axis=0) for n in shape))
-    path = dtw(cost, step_pattern='symmetric1')
-    close(warped_mean(cost), path.distance / len(path.index1), 1e-9)
-    assert warped_mean(iter(cost), shape, cost.max()) == warped_mean(cost)
-
 
 def test_warping_of_ties_is_the_shortest_way():
     "Of equally cheap ways dtw-python's may be longer than ours; its total cost is the same."
@@ -362,14 +319,3 @@ def test_bad_sets_are_named(metric, bad, why):
         with pytest.raises(ValueError, match=why) as error:
             metric(*pair)
         assert name in str(error.value)
-
-
-@pytest.mark.parametrize('bad, why', [
-    (np.zeros(0), 'gen is empty'),
-    (np.zeros(RATE), 'gen is silent'),
-    (np.ones((2, RATE)), 'gen must be mono'),
-    (np.full(RATE, np.inf), 'gen holds NaN or infinite'),
-    (np.ones(9), 'gen has 9 samples')])
-def test_bad_sounds_are_named(bad, why):
-    with pytest.raises(ValueError, match=why):
-        mel_cepstral_distortion(sound(np.random.default_rng(0), .2), bad, RATE)
