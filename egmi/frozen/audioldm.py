@@ -47,7 +47,15 @@ class AudioLDM(LatentDiffusion):
     guidance_scale = 2.5
     seconds = 10. # length of a sound
 
-    def __init__(self, tokenizer, text_encoder, unet, vae, scheduler, vocoder):
+    def __init__(
+        self,
+        tokenizer,    # as `LatentDiffusion` takes it, and so are the next four
+        text_encoder,
+        unet,
+        vae,
+        scheduler,
+        vocoder       # from a mel spectrogram to a wave
+    ):
         super().__init__(tokenizer, text_encoder, unet, vae, scheduler)
         self.vocoder = vocoder.eval().requires_grad_(False)
 
@@ -157,7 +165,9 @@ def span_mask(
     return mask_B1T1
 
 # %% ../../nbs/frozen/08_audioldm.ipynb #36bd447c
-def check_strength(strength:float):
+def check_strength(
+    strength:float # share of the steps that are taken
+):
     "ValueError unless it is a share"
     require_number(strength=strength)
     if not 0 <= strength <= 1:

@@ -59,14 +59,14 @@ def add_noise(
 def denoise(
     predict,           # (latents, timestep) -> the noise in them
     scheduler,         # any diffusers scheduler
-    noise,             # standard normal
+    noise,             # [B, ...], standard normal
     steps:int,         # denoising steps
     generator=None,    # torch.Generator(s) for schedulers that add noise on the way
     after_step=None,   # called after every step
-    source=None,       # clean latents to edit
+    source=None,       # [B, ...] clean latents to edit
     strength:float=1., # share of the steps that are taken: 0 leaves the source, 1 forgets it
     mask=None          # 1 where the source may change, 0 where it stays; None is 1 everywhere
-)->torch.Tensor:
+)->torch.Tensor:       # [B, ...]
     "Clean latents from noise, or from a source with noise on it"
     timesteps = remaining_timesteps(scheduler, steps, strength, noise.device)
     options = {}
@@ -89,8 +89,8 @@ def denoise(
 # %% ../../nbs/frozen/07_diffusion.ipynb #8feaa0a8
 def guided(
     predict,       # (latents, timestep, condition) -> noise
-    condition,     # embedding of every sample
-    unconditional, # embedding of the empty caption, one row
+    condition,     # [B, ...], embedding of every sample
+    unconditional, # [1, ...], embedding of the empty caption
     scale:float    # guidance scale; 1 or less, such as 0, turns guidance off, as in diffusers
 ):                 # (latents, timestep) -> noise
     "The network's prediction with classifier-free guidance"
@@ -136,7 +136,14 @@ class LatentDiffusion:
     steps = 50            # denoising steps of a generation
     guidance_scale: float # 1 or less is off
 
-    def __init__(self, tokenizer, text_encoder, unet, vae, scheduler):
+    def __init__(
+        self,
+        tokenizer,    # of transformers
+        text_encoder, # of transformers
+        unet,         # predicts the noise
+        vae,          # between pictures, or spectrograms, and latents
+        scheduler     # any of diffusers
+    ):
         self.tokenizer = tokenizer
         self.text_encoder = text_encoder
         self.unet = unet
@@ -147,13 +154,17 @@ class LatentDiffusion:
         self.factor = 2**(len(vae.config.block_out_channels) - 1)
 
     @property
-    def device(self): return self.unet.device
+    def device(self)->torch.device:
+        "Where the networks are"
+        return self.unet.device
 
     @property
-    def dtype(self): return self.unet.dtype
+    def dtype(self)->torch.dtype:
+        "Precision of the networks"
+        return self.unet.dtype
 
     @cached_property
-    def unconditional(self):
+    def unconditional(self)->torch.Tensor: # [1, ...]
         "Embedding of the empty caption, one row"
         return self.encode_text([''])
 
