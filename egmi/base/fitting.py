@@ -69,12 +69,12 @@ def batch_indices(
 
 # %% ../../nbs/base/08_fitting.ipynb #d862c836
 def in_batches(
-    function,        # a slice of the rows -> their result; called again for some of them where memory ran out
-    n:int,           # rows
-    batch_size:int,  # rows at once, to begin with
-    desc:str='',     # shown by the progress bar
-    progress:bool=True
-)->list:             # the results of all slices, in order
+    function,          # a slice of the rows -> their result; called again for some where memory ran out
+    n:int,             # rows
+    batch_size:int,    # rows at once, to begin with
+    desc:str='',       # shown by the progress bar
+    progress:bool=True # show a bar
+)->list:               # the results of all slices, in order
     "Run many rows batch by batch, and with batches half as large whenever memory runs out"
     require_positive(batch_size=batch_size)
     results = []

@@ -75,12 +75,26 @@ class AudioLDM(LatentDiffusion):
         heads = ifnone(attention_head_dim, attention_heads(config))
         return super().from_pretrained(source, dtype, device, attention_head_dim=heads)
 
-    def _embed(self, ids_BL, mask_BL):
-        clap_BC = self.text_encoder(ids_BL, attention_mask=mask_BL).text_embeds
-        return F.normalize(clap_BC, dim=-1)
+# %% ../../nbs/frozen/08_audioldm.ipynb #8afe61b9
+@patch
+def _embed(
+    self:AudioLDM,
+    ids_BL,  # of the captions' tokens
+    mask_BL  # 1 where there is a token
+):           # [B, C], length 1
+    "The text encoder's embeddings"
+    clap_BC = self.text_encoder(ids_BL, attention_mask=mask_BL).text_embeds
+    return F.normalize(clap_BC, dim=-1)
 
-    def _predict(self, latents, t, condition):
-        return self.unet(latents, t, encoder_hidden_states=None, class_labels=condition).sample
+@patch
+def _predict(
+    self:AudioLDM,
+    latents,  # [B, V, t, f]
+    t,        # timestep
+    condition # [B, C]
+):            # [B, V, t, f]
+    "The noise in the latents"
+    return self.unet(latents, t, encoder_hidden_states=None, class_labels=condition).sample
 
 # %% ../../nbs/frozen/08_audioldm.ipynb #f960a179
 @patch
