@@ -85,6 +85,7 @@ def as_samples(
         given = f'{type(wave).__name__} of {samples.dtype}'
     raise TypeError(f'{name} must be an array of samples, not {given}')
 
+# %% ../../nbs/base/06_audio.ipynb #9a6a9859
 def as_channels(
     wave,            # [T], [T, C] or [C, T]; array, tensor or list of floats in [-1, 1] or integers
     name:str='sound' # for errors
