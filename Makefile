@@ -60,6 +60,7 @@ mini-report: install  ## measure the small frozen models: model card in nbs/smal
 	$(if $(ARGS),,mv runs/mini/report/report.ipynb nbs/small/report.ipynb && $(BIN)/nbdev_clean --fname nbs/small/report.ipynb)
 
 quick: check  ## two minutes: check, the notebooks that differ from BASE (main), the tests that are not marked slow
+	@git rev-parse -q --verify $(BASE) > /dev/null || { echo 'there is no branch $(BASE) to compare with: make quick BASE=origin/main' >&2; exit 1; }
 	@for notebook in $$({ git diff --name-only --diff-filter=d $(BASE) -- nbs; git ls-files -o --exclude-standard nbs; } | grep '[0-9]_[a-z_]*\.ipynb$$'); do \
 		$(BIN)/nbdev_test --n_workers 1 --do_print --path $$notebook || exit 1; done
 	$(BIN)/pytest -q -m 'not slow'

@@ -27,9 +27,8 @@ from .base.files import replacing, write_json
 from .base.images import as_rgb
 from .base.loading import load_strictly, read_tensors
 from .frozen.pandagpt import PandaGPT, QUESTION
-from .mapper import Conditions, MapperConfig
-from .training import (
-    BASELINES, Conditioner, MAPPERS, cache_prefixes, make_conditioner, predict_conditions)
+from .mapper import BASELINES, MAPPERS, Conditions, MapperConfig
+from .training import Conditioner, cache_prefixes, make_conditioner, predict_conditions
 
 # %% ../nbs/paper/05_model.ipynb #82f39620
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
 """`import egmi` is light: the public names, and the heavy libraries behind them, load on first use."""
+import inspect
 import json
 import subprocess
 import sys
@@ -48,3 +49,17 @@ def test_public_names_are_listed():
 def test_unknown_name():
     with pytest.raises(AttributeError, match="^module 'egmi' has no attribute 'no_such_name'$"):
         egmi.no_such_name
+
+
+def test_help_shows_the_comments_of_parameters():
+    generate = inspect.getdoc(egmi.EGMI.generate)
+    assert 'sample_rate: of `audio`, Hz' in generate and 'return: B rows' in generate
+    assert 'device: as `pick_device` takes it' in inspect.getdoc(egmi.EGMI.from_pretrained)
+    assert 'audio: [N, C] for AudioLDM' in inspect.getdoc(egmi.Conditions)
+    assert 'return: FileExample' in inspect.getdoc(egmi.load_folder)
+
+
+def test_comments_are_added_once():
+    inherited = [cls.encode_captions.__doc__ for cls in (egmi.StableDiffusion, egmi.AudioLDM)]
+    assert inherited[0] == inherited[1]
+    assert inherited[0].count('captions:') == 1

@@ -169,7 +169,8 @@ def pick_device(
     try:
         return torch.empty(0, device=best if name == 'auto' else name).device
     except (RuntimeError, AssertionError) as e:
-        raise ValueError(f'device {name!r} is not available here: use auto, cpu or {best}') from e
+        usable = 'auto or cpu' if best == 'cpu' else f'auto, cpu or {best}'
+        raise ValueError(f'device {name!r} is not available here: use {usable}') from e
 
 # %% ../../nbs/base/03_config.ipynb #e20d9b64
 def pick_dtype(

@@ -21,4 +21,4 @@ def __getattr__(name):
 
 
 def __dir__():
-    return sorted([*globals(), *LOADERS])
+    return sorted((globals().keys() | LOADERS.keys()) - {'LOADERS', 'import_module'})

@@ -17,9 +17,8 @@ from ..base.audio import SAMPLE_RATE
 from ..base.config import CACHE, Preset, component_path, folder_from, pick_dtype
 from ..base.files import check_space
 from ..frozen.weights import Source, find_fault, names_of, sources_of
-from ..mapper import MapperConfig, count_parameters
+from ..mapper import BASELINES, MAPPERS, MapperConfig, count_parameters
 from ..model import find_trained
-from ..training import BASELINES, MAPPERS
 
 # %% ../../nbs/evaluation/06_checks.ipynb #0f6a3c71
 def run_checks(
