@@ -22,7 +22,7 @@ import pandas as pd
 from fastcore.script import call_parse
 from tqdm import tqdm
 
-from ..base.audio import as_channels, checked_rate, is_silent
+from ..base.audio import SAMPLE_RATE, as_channels, checked_rate, is_silent
 from ..base.audio_files import SOUNDS, audio_info, list_sounds, read_audio, wav_bytes
 from ..base.config import get_preset, pick_device
 from ..base.files import bad_file, explain_mismatch, replacing, write_json, write_table
@@ -31,7 +31,6 @@ from ..data.tables import read_csv
 from .checks import require_weights
 from .experiment import check_writable, provenance, time_stage
 from .metrics import KL_EPSILON, kl_of_pairs, mel_cepstral_distortion
-from .networks import RATE
 from .outputs import (
     RESAMPLERS, SHORTEST_INPUT, load_network, name_networks, run_on_files, weights_path)
 from .scoring import clap_text_audio, inception_columns, set_distances
@@ -189,8 +188,8 @@ def read_sound(
 )->Sound:
     "Check a file"
     wave_T, rate = read_audio(file)
-    if len(wave_T) * RATE < shortest * rate:
-        needed = f'{shortest / RATE:.3f} s that the networks need'
+    if len(wave_T) * SAMPLE_RATE < shortest * rate:
+        needed = f'{shortest / SAMPLE_RATE:.3f} s that the networks need'
         raise bad_file('sound', file, f'lasts {len(wave_T) / rate:.3f} s, less than the {needed}')
     content = hashlib.sha256(f'{rate} Hz'.encode())
     content.update(wave_T)
@@ -233,8 +232,8 @@ def distortion(
     "Mel cepstral distortion of two files at 16 kHz, NaN where the generated one is silent"
     if generated.silent:
         return np.nan
-    waves = [RESAMPLERS[resampler](*read_audio(s.file), RATE) for s in (reference, generated)]
-    return mel_cepstral_distortion(*waves, RATE)
+    waves = [RESAMPLERS[resampler](*read_audio(s.file), SAMPLE_RATE) for s in (reference, generated)]
+    return mel_cepstral_distortion(*waves, SAMPLE_RATE)
 
 def clip_table(
     references:list, # N of `Sound`
@@ -261,7 +260,7 @@ def count_flaws(
         clipped=sum(s.clipped > 1e-3 for s in generated),
         duplicates=len(generated) - len({s.sha256 for s in generated}),
         mixed_down=sum(s.channels > 1 for s in both),
-        resampled=sum(s.sample_rate != RATE for s in both))
+        resampled=sum(s.sample_rate != SAMPLE_RATE for s in both))
 
 # %% ../../nbs/evaluation/11_folders.ipynb #a9010003
 def distortions(

@@ -23,14 +23,14 @@ import torch
 import torchaudio
 from tqdm import tqdm
 
-from ..base.audio import as_wave, resample
+from ..base.audio import SAMPLE_RATE, as_wave, resample
 from ..base.audio_files import read_audio
 from ..base.config import Preset, component_path
 from ..base.files import file_hash, read_arrays, read_kept, replacing
 from .encoders import load_clap, load_clip
 from .experiment import work_folder
-from .judge import Judge, picture_tensor, read, sound_tensor
-from .networks import RATE, Cnn14, VGGish, equal_lengths
+from .judge import Judge, features_and_logits, picture_tensor, sound_tensor
+from .networks import Cnn14, VGGish, equal_lengths
 
 # %% ../../nbs/evaluation/09_outputs.ipynb #a8010002
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ SHORTEST_INPUT = 512 # samples at 16 kHz that every network for sounds needs
 
 def rate_16k(model)->int: # Hz
     "The rate of all networks for sounds but CLAP"
-    return RATE
+    return SAMPLE_RATE
 
 def clap_rate(clap)->int: # Hz
     "48 kHz for LAION's, 16 kHz for the small one"
@@ -64,7 +64,7 @@ def run_judge(
     x_NCHW
 )->dict: # part -> [N, D]
     "Features, logits of the objects, and logits of every factor"
-    features_ND, logits = read(judge, x_NCHW)
+    features_ND, logits = features_and_logits(judge, x_NCHW)
     factors = {f'logits_{factor}': logits_NK for factor, logits_NK in logits.items()}
     return dict(features=features_ND, logits=logits['object'], **factors)
 
@@ -76,11 +76,11 @@ def run_sound_judge(judge, waves)->dict:
 
 # %% ../../nbs/evaluation/09_outputs.ipynb #a8010005
 def run_cnn14(cnn14, waves)->dict:
-    features_ND, logits_NC = cnn14.listen(waves, RATE)
+    features_ND, logits_NC = cnn14.classify(waves, SAMPLE_RATE)
     return dict(features=features_ND, logits=logits_NC)
 
 def run_vggish(vggish, waves)->dict:
-    frames_ED = vggish.embed(waves, RATE)
+    frames_ED = vggish.embed(waves, SAMPLE_RATE)
     return dict(frames=frames_ED.reshape(len(waves), -1, frames_ED.shape[1]))
 
 def run_clap(clap, waves)->dict:
