@@ -27,8 +27,8 @@ from ..base.audio import SAMPLE_RATE, as_wave, resample
 from ..base.audio_files import read_audio
 from ..base.config import Preset, component_path
 from ..base.files import file_hash, read_arrays, read_kept, replacing
+from ..base.work import work_folder
 from .encoders import load_clap, load_clip
-from .experiment import work_folder
 from .judge import Judge, features_and_logits, picture_tensor, sound_tensor
 from .networks import Cnn14, VGGish, equal_lengths
 
