@@ -162,7 +162,8 @@ def table_records(
 # %% ../../nbs/evaluation/07_experiment.ipynb #f91a2470
 class Experiment:
     "One run: its frozen parts, the folders of its work and its results, the time of its stages"
-    def __init__(self,
+    def __init__(
+        self,
         name:str,      # of the experiment, and of its folders
         preset:Preset, # frozen parts and sizes
         device         # torch.device
@@ -176,7 +177,8 @@ class Experiment:
 
 # %% ../../nbs/evaluation/07_experiment.ipynb #ed7e8826
 @patch
-def keep(self:Experiment,
+def keep(
+    self:Experiment,
     stage:str,   # name, as `stage` takes it
     inputs:dict, # what decides its outcome, beside preset, kind of device and code
     *modules:str # dotted names of the modules that make it
@@ -190,7 +192,8 @@ def keep(self:Experiment,
 
 @patch
 @contextmanager
-def stage(self:Experiment,
+def stage(
+    self:Experiment,
     name:str
 ):
     "Time a block, and keep the seconds where the stage's work is kept"
@@ -203,7 +206,8 @@ def stage(self:Experiment,
 
 # %% ../../nbs/evaluation/07_experiment.ipynb #85ee9784
 @patch
-def start(self:Experiment,
+def start(
+    self:Experiment,
     config:dict, # parameter -> value
     out_dir:str  # folder of the results; empty is runs/{name of the preset}/{name of the experiment}
 ):
@@ -212,7 +216,8 @@ def start(self:Experiment,
     self.out = check_writable(out_dir or f'runs/{self.preset.name}/{self.name}')
 
 @patch
-def save_table(self:Experiment,
+def save_table(
+    self:Experiment,
     name:str,           # of the file
     table:pd.DataFrame, # written without its index
     digits:int=4        # behind the point
@@ -221,7 +226,8 @@ def save_table(self:Experiment,
     write_table(self.out/name, table.round(digits))
 
 @patch
-def save_figure(self:Experiment,
+def save_figure(
+    self:Experiment,
     name:str,   # of the file
     figure,     # of matplotlib
     dpi:int=150 # dots per inch
@@ -231,7 +237,8 @@ def save_figure(self:Experiment,
         figure.savefig(beside, dpi=dpi, format='png')
 
 @patch
-def save_sound(self:Experiment,
+def save_sound(
+    self:Experiment,
     title:str,        # such as `0 EGMI mapper`, which makes 0-EGMI-mapper.wav
     audio:np.ndarray, # [T] waveform within -1 to 1
     sample_rate:int   # Hz
@@ -250,7 +257,8 @@ def _peak_memory(device):
     return {name: round(peak, 2) for name, peak in peaks.items()}
 
 @patch
-def save_record(self:Experiment,
+def save_record(
+    self:Experiment,
     **results # name -> anything that JSON can hold
 )->dict:      # all that was written
     "Write run.json, and say how long the run took"

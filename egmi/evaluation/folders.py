@@ -135,6 +135,7 @@ def require_all(
         problem = f'{problem}: {explain_mismatch(wanted, there)}'
     raise ValueError(problem)
 
+# %% ../../nbs/evaluation/11_folders.ipynb #d6d734b2
 def checked_captions(
     captions,              # id -> caption: a dict or a Series of pandas
     source:str='captions'  # where they come from, for errors
@@ -236,13 +237,13 @@ def distortion(
     return mel_cepstral_distortion(*waves, SAMPLE_RATE)
 
 def clip_table(
-    references:list, # N of `Sound`
-    generated:list,  # N of `Sound`
-    reference:dict,  # part -> outputs of networks for the references
-    outputs:dict     # part -> outputs of networks for the generated sounds
+    references:list,        # N of `Sound`
+    generated:list,         # N of `Sound`
+    reference_outputs:dict, # part -> outputs of networks for the references
+    generated_outputs:dict  # part -> outputs of networks for the generated sounds
 )->pd.DataFrame:
     "A row for each generated sound: KL(reference || generated), length and levels"
-    kl_N = kl_of_pairs(reference['logits'], outputs['logits'], KL_EPSILON)
+    kl_N = kl_of_pairs(reference_outputs['logits'], generated_outputs['logits'], KL_EPSILON)
     rows = []
     for s, kl in zip(generated, kl_N):
         rows.append(dict(id=s.id, kl_audio=kl, seconds=s.seconds, peak=s.peak, rms=s.rms, clipped=s.clipped))
@@ -276,16 +277,16 @@ def distortions(
     return values
 
 def score_row(
-    references:list,    # N of `Sound`
-    generated:list,     # N of `Sound`
-    reference:dict,     # part -> outputs of networks for the references
-    outputs:dict,       # part -> outputs of networks for the generated sounds
-    clips:pd.DataFrame  # a row for each generated sound
+    references:list,        # N of `Sound`
+    generated:list,         # N of `Sound`
+    reference_outputs:dict, # part -> outputs of networks for the references
+    generated_outputs:dict, # part -> outputs of networks for the generated sounds
+    clips:pd.DataFrame      # a row for each generated sound
 )->dict:                # column -> score
     "Scores of the sets, means of the pairs, and counts of flaws"
     row = tally(generated)
-    row |= set_distances(reference, outputs, 'audio')
-    row |= inception_columns(outputs, 'audio')
+    row |= set_distances(reference_outputs, generated_outputs, 'audio')
+    row |= inception_columns(generated_outputs, 'audio')
     for column in ('kl_audio', 'clap_text_audio', 'mcd_audio'):
         if column in clips:
             row[column] = float(clips[column].mean(skipna=False))
@@ -318,16 +319,16 @@ def score_sounds(
     require_weights(preset, needed)
     references, generated = read_pairs(reference_dir, generated_dir, captions, SHORTEST_INPUT, progress)
     run = partial(run_on_files, resampler=resampler, device=device, progress=progress)
-    reference = run(references, classifiers)
-    outputs = run(generated, sources)
-    clips = clip_table(references, generated, reference, outputs)
+    reference_outputs = run(references, classifiers)
+    generated_outputs = run(generated, sources)
+    clips = clip_table(references, generated, reference_outputs, generated_outputs)
     if captions is not None:
         clap = load_network('clap', weights_path(preset.clap), device)
         texts = [captions[id] for id in clips.id]
-        clips['clap_text_audio'] = clap_text_audio(clap, outputs['embedding'], texts)
+        clips['clap_text_audio'] = clap_text_audio(clap, generated_outputs['embedding'], texts)
     if mcd:
         clips['mcd_audio'] = distortions(references, generated, resampler, progress)
-    row = score_row(references, generated, reference, outputs, clips)
+    row = score_row(references, generated, reference_outputs, generated_outputs, clips)
     row |= dict(resampler=resampler, preset=preset.name)
     row |= dict(classifier=', '.join(classifiers), networks=name_networks(sources))
     return row, clips

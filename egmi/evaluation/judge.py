@@ -29,9 +29,10 @@ def conv_block(
 # %% ../../nbs/evaluation/05_judge.ipynb #a5010003
 class Judge(nn.Module, PyTorchModelHubMixin):
     "Classifies the factors of a Toybox scene from a picture or a log-mel spectrogram"
-    def __init__(self,
+    def __init__(
+        self,
         in_channels:int,                # 3 for pictures, 1 for log-mels
-        factors:list[str],              # the factors it can tell, names of `FACTOR_VALUES`
+        factors:list[str],              # that it classifies, names of `FACTOR_VALUES`
         widths:tuple=(24, 48, 96, 160), # channels of the strided stages
     ):
         super().__init__()
@@ -47,14 +48,16 @@ class Judge(nn.Module, PyTorchModelHubMixin):
         with replacing(save_directory/'model.safetensors') as beside:
             save_model(self, str(beside))
 
-    def features(self,
+    def features(
+        self,
         x_BCHW:torch.Tensor
     )->torch.Tensor: # [B, D]
         "One vector for each picture or sound"
         h_BDHW = self.body(x_BCHW)
         return torch.cat([h_BDHW.mean((2, 3)), h_BDHW.amax((2, 3))], 1)
 
-    def forward(self,
+    def forward(
+        self,
         x_BCHW:torch.Tensor
     )->dict: # factor -> logits [B, K]
         "Logits of every factor"
@@ -84,7 +87,7 @@ def features_and_logits(
     judge:Judge,         # the picture or the sound judge
     x_NCHW:torch.Tensor, # from `picture_tensor` or `sound_tensor`
     batch_size:int=64    # rows at a time
-)->tuple:                # features [N, D], {factor: logits [N, K]}; float32 arrays
+)->tuple[np.ndarray, dict]: # features [N, D], {factor: logits [N, K]}; float32
     "Features and logits of many pictures or sounds"
     device = next(judge.parameters()).device
     f_ND = torch.cat([judge.features(x.to(device)) for x in x_NCHW.split(batch_size)])

@@ -83,7 +83,8 @@ def load_published(
 # %% ../../nbs/evaluation/04_networks.ipynb #e616775d
 class ConvBlock(nn.Module):
     "Two convolutions, each with batch norm and ReLU"
-    def __init__(self,
+    def __init__(
+        self,
         n_in:int,  # channels
         n_out:int
     ):
@@ -93,7 +94,8 @@ class ConvBlock(nn.Module):
         self.conv2 = nn.Conv2d(n_out, n_out, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(n_out)
 
-    def forward(self,
+    def forward(
+        self,
         x_BCTM:torch.Tensor
     )->torch.Tensor:
         x_BCTM = self.bn1(self.conv1(x_BCTM)).relu()
@@ -117,7 +119,8 @@ class Cnn14(nn.Module):
         self.fc_audioset = nn.Linear(2048, 527)
 
     @classmethod
-    def from_official(cls,
+    def from_official(
+        cls,
         path,         # `Cnn14_16k_mAP=0.438.pth`
         device='cpu'
     )->'Cnn14':
@@ -126,7 +129,8 @@ class Cnn14(nn.Module):
 
 # %% ../../nbs/evaluation/04_networks.ipynb #92eaed4b
 @patch
-def log_mel(self:Cnn14,
+def log_mel(
+    self:Cnn14,
     wave_BT:torch.Tensor # 16 kHz
 )->torch.Tensor:         # [B, T, M], a frame every 160 samples, in dB
     "The spectrogram that the convolutions are given"
@@ -137,7 +141,8 @@ def log_mel(self:Cnn14,
 
 # %% ../../nbs/evaluation/04_networks.ipynb #37358122
 @patch
-def forward(self:Cnn14,
+def forward(
+    self:Cnn14,
     wave_BT:torch.Tensor              # 16 kHz, at least 32 frames
 )->tuple[torch.Tensor, torch.Tensor]: # features [B, 2048], logits [B, 527]
     "Features and logits of a batch"
@@ -162,7 +167,8 @@ def at_least_two_seconds(
 
 @patch
 @torch.no_grad()
-def classify(self:Cnn14,
+def classify(
+    self:Cnn14,
     waves,                        # N mono sounds, floats between -1 and 1
     sample_rate:int,              # of all of them, in Hz
     batch_size:int=16             # sounds of up to ten seconds at once, fewer of longer ones
@@ -182,7 +188,9 @@ def classify(self:Cnn14,
     return torch.cat(features).numpy()[order_N], torch.cat(logits).numpy()[order_N]
 
 # %% ../../nbs/evaluation/04_networks.ipynb #835ed564
-def vggish_scale(hz):
+def vggish_scale(
+    hz # number or array
+):     # mel
     "HTK's mel scale, as TensorFlow's VGGish writes it"
     return 1127 * np.log1p(np.asarray(hz) / 700)
 
@@ -230,14 +238,16 @@ class VGGish(nn.Module):
             nn.Linear(4096, 128))
 
     @classmethod
-    def from_official(cls,
+    def from_official(
+        cls,
         path,         # `vggish-10086976.pth`
         device='cpu'
     )->'VGGish':
         "The published network"
         return load_published(cls, read_checkpoint(path), path, device)
 
-    def forward(self,
+    def forward(
+        self,
         mel_BTM:torch.Tensor # log-mel spectrograms of 96 frames
     )->torch.Tensor:         # [B, 128]
         x_BCTM = self.features(mel_BTM[:, None])
@@ -255,7 +265,8 @@ def split_examples(
 # %% ../../nbs/evaluation/04_networks.ipynb #3b8e04d3
 @patch
 @torch.no_grad()
-def embed(self:VGGish,
+def embed(
+    self:VGGish,
     waves,           # N mono sounds, floats between -1 and 1
     sample_rate:int, # of all of them, in Hz
     batch_size:int=64

@@ -61,32 +61,38 @@ def load_judge(
 
 def run_judge(
     judge:Judge,
-    x_NCHW
-)->dict: # part -> [N, D]
+    x_NCHW # from `picture_tensor` or `sound_tensor`
+)->dict:   # part -> [N, D]
     "Features, logits of the objects, and logits of every factor"
     features_ND, logits = features_and_logits(judge, x_NCHW)
     factors = {f'logits_{factor}': logits_NK for factor, logits_NK in logits.items()}
     return dict(features=features_ND, logits=logits['object'], **factors)
 
 def run_picture_judge(judge, images)->dict:
+    "As `run_judge`, of N pictures"
     return run_judge(judge, picture_tensor(images))
 
 def run_sound_judge(judge, waves)->dict:
+    "As `run_judge`, of N sounds at 16 kHz"
     return run_judge(judge, sound_tensor(waves))
 
 # %% ../../nbs/evaluation/09_outputs.ipynb #a8010005
 def run_cnn14(cnn14, waves)->dict:
+    "Features [N, 2048] and logits [N, 527] of N sounds at 16 kHz"
     features_ND, logits_NC = cnn14.classify(waves, SAMPLE_RATE)
     return dict(features=features_ND, logits=logits_NC)
 
 def run_vggish(vggish, waves)->dict:
+    "Frames [N, E, 128] of N equally long sounds at 16 kHz"
     frames_ED = vggish.embed(waves, SAMPLE_RATE)
     return dict(frames=frames_ED.reshape(len(waves), -1, frames_ED.shape[1]))
 
 def run_clap(clap, waves)->dict:
+    "Embeddings [N, D] of N sounds at the rate of CLAP"
     return dict(embedding=clap.embed_sounds(waves, clap_rate(clap)))
 
 def run_clip(clip, images)->dict:
+    "Embeddings [N, D] of N pictures"
     return dict(embedding=clip.embed_images(images))
 
 # %% ../../nbs/evaluation/09_outputs.ipynb #a8010006
