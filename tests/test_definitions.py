@@ -15,7 +15,7 @@ from scipy.spatial.distance import cdist
 from egmi.base.audio import SAMPLE_RATE
 from egmi.evaluation.folders import Sound, clip_table
 from egmi.evaluation.metrics import DECIBELS, mel_cepstra, mel_cepstral_distortion, warped_mean
-from egmi.evaluation.networks import EXAMPLE, Cnn14, VGGish, equal_lengths
+from egmi.evaluation.networks import EXAMPLE_LENGTH, Cnn14, VGGish, batch_by_length
 from egmi.frozen.imagebind import ImageBindConfig, clip_starts
 from egmi.toybox.scenes import toybox
 
@@ -73,7 +73,7 @@ def vggish():
     return without_weights(VGGish, lambda mel_BTM: mel_BTM.flatten(1)[:, ::48])
 
 
-@pytest.mark.parametrize('n_samples', [1, 9_000, EXAMPLE, 31_999])
+@pytest.mark.parametrize('n_samples', [1, 9_000, EXAMPLE_LENGTH, 31_999])
 def test_vggish_fills_a_short_sound_up_to_two_seconds(vggish, n_samples):
     "Silence follows what is left without the mean; two examples of 0.96 s each."
     wave = SCENES[0][8_000:8_000 + n_samples]
@@ -121,7 +121,7 @@ def test_batches_hold_every_sound_once():
     rates = rng.choice([16_000, 48_000], 60)
     seconds = rng.choice([2, 10, 31, 300], 60)
     files = list(zip(rates, rates * seconds))
-    batches = equal_lengths(files, 8, tuple, lambda file: file[1] / file[0])
+    batches = batch_by_length(files, 8, tuple, lambda file: file[1] / file[0])
     assert sorted(sum(batches, [])) == list(range(60))
     for batch in batches:
         assert len({files[i] for i in batch}) == 1

@@ -282,7 +282,7 @@ def score_row(
     reference_outputs:dict, # part -> outputs of networks for the references
     generated_outputs:dict, # part -> outputs of networks for the generated sounds
     clips:pd.DataFrame      # a row for each generated sound
-)->dict:                # column -> score
+)->dict:                    # column -> score
     "Scores of the sets, means of the pairs, and counts of flaws"
     row = tally(generated)
     row |= set_distances(reference_outputs, generated_outputs, 'audio')
@@ -392,8 +392,8 @@ def main(
                 raise ValueError(f'--{name} is empty: give a path or leave it out')
         folder = check_writable(out, '--out DIR') if out else None
         with time_stage(seconds, 'score'):
-            said = captions and read_captions(captions)
-            row, clips = score_sounds(preset, reference, generated, said, device, resampler, mcd)
+            texts = read_captions(captions) if captions else None
+            row, clips = score_sounds(preset, reference, generated, texts, device, resampler, mcd)
     except (ValueError, OSError) as e:
         raise SystemExit(f'egmi-evaluate: {e}')
     if folder:

@@ -30,7 +30,7 @@ from ..base.files import file_hash, read_arrays, read_kept, replacing
 from ..base.work import work_folder
 from .encoders import load_clap, load_clip
 from .judge import Judge, features_and_logits, picture_tensor, sound_tensor
-from .networks import Cnn14, VGGish, equal_lengths
+from .networks import Cnn14, VGGish, batch_by_length
 
 # %% ../../nbs/evaluation/09_outputs.ipynb #a8010002
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ def run_network_on_files(
     folder = work_folder('sounds', dict(network=name, weights=files_hash(path), resampler=resampler), MODULE)
     kept = {s.sha256: read_outputs(folder, s) for s in sounds}
     missing = list({s.sha256: s for s in sounds if kept[s.sha256] is None}.values())
-    batches = equal_lengths(
+    batches = batch_by_length(
         missing, batch_size, lambda s: (s.sample_rate, s.frames), seconds=lambda s: s.seconds)
     with tqdm(total=len(missing), desc=name, unit='sound', mininterval=2,
               disable=not (progress and missing)) as bar:
