@@ -51,4 +51,6 @@ def from_tensor(
     if not hasattr(given, 'detach'):
         return given
     given = given.detach().cpu()
-    return given.float() if given.is_floating_point() else given
+    if given.is_floating_point():
+        return given.float()
+    return given

@@ -47,7 +47,15 @@ class AudioLDM(LatentDiffusion):
     guidance_scale = 2.5
     seconds = 10. # length of a sound
 
-    def __init__(self, tokenizer, text_encoder, unet, vae, scheduler, vocoder):
+    def __init__(
+        self,
+        tokenizer,    # as `LatentDiffusion` takes it, and so are the next four
+        text_encoder,
+        unet,
+        vae,
+        scheduler,
+        vocoder       # from a mel spectrogram to a wave
+    ):
         super().__init__(tokenizer, text_encoder, unet, vae, scheduler)
         self.vocoder = vocoder.eval().requires_grad_(False)
 
@@ -67,12 +75,26 @@ class AudioLDM(LatentDiffusion):
         heads = ifnone(attention_head_dim, attention_heads(config))
         return super().from_pretrained(source, dtype, device, attention_head_dim=heads)
 
-    def _embed(self, ids_BL, mask_BL):
-        clap_BC = self.text_encoder(ids_BL, attention_mask=mask_BL).text_embeds
-        return F.normalize(clap_BC, dim=-1)
+# %% ../../nbs/frozen/08_audioldm.ipynb #8afe61b9
+@patch
+def _embed(
+    self:AudioLDM,
+    ids_BL,  # of the captions' tokens
+    mask_BL  # 1 where there is a token
+):           # [B, C], length 1
+    "The text encoder's embeddings"
+    clap_BC = self.text_encoder(ids_BL, attention_mask=mask_BL).text_embeds
+    return F.normalize(clap_BC, dim=-1)
 
-    def _predict(self, latents, t, condition):
-        return self.unet(latents, t, encoder_hidden_states=None, class_labels=condition).sample
+@patch
+def _predict(
+    self:AudioLDM,
+    latents,  # [B, V, t, f]
+    t,        # timestep
+    condition # [B, C]
+):            # [B, V, t, f]
+    "The noise in the latents"
+    return self.unet(latents, t, encoder_hidden_states=None, class_labels=condition).sample
 
 # %% ../../nbs/frozen/08_audioldm.ipynb #f960a179
 @patch
@@ -157,7 +179,9 @@ def span_mask(
     return mask_B1T1
 
 # %% ../../nbs/frozen/08_audioldm.ipynb #36bd447c
-def check_strength(strength:float):
+def check_strength(
+    strength:float # share of the steps that are taken
+):
     "ValueError unless it is a share"
     require_number(strength=strength)
     if not 0 <= strength <= 1:

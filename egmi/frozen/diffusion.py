@@ -59,14 +59,14 @@ def add_noise(
 def denoise(
     predict,           # (latents, timestep) -> the noise in them
     scheduler,         # any diffusers scheduler
-    noise,             # standard normal
+    noise,             # [B, ...], standard normal
     steps:int,         # denoising steps
     generator=None,    # torch.Generator(s) for schedulers that add noise on the way
     after_step=None,   # called after every step
-    source=None,       # clean latents to edit
+    source=None,       # [B, ...] clean latents to edit
     strength:float=1., # share of the steps that are taken: 0 leaves the source, 1 forgets it
     mask=None          # 1 where the source may change, 0 where it stays; None is 1 everywhere
-)->torch.Tensor:
+)->torch.Tensor:       # [B, ...]
     "Clean latents from noise, or from a source with noise on it"
     timesteps = remaining_timesteps(scheduler, steps, strength, noise.device)
     options = {}
@@ -89,8 +89,8 @@ def denoise(
 # %% ../../nbs/frozen/07_diffusion.ipynb #8feaa0a8
 def guided(
     predict,       # (latents, timestep, condition) -> noise
-    condition,     # embedding of every sample
-    unconditional, # embedding of the empty caption, one row
+    condition,     # [B, ...], embedding of every sample
+    unconditional, # [1, ...], embedding of the empty caption
     scale:float    # guidance scale; 1 or less, such as 0, turns guidance off, as in diffusers
 ):                 # (latents, timestep) -> noise
     "The network's prediction with classifier-free guidance"
@@ -136,7 +136,14 @@ class LatentDiffusion:
     steps = 50            # denoising steps of a generation
     guidance_scale: float # 1 or less is off
 
-    def __init__(self, tokenizer, text_encoder, unet, vae, scheduler):
+    def __init__(
+        self,
+        tokenizer,    # of transformers
+        text_encoder, # of transformers
+        unet,         # predicts the noise
+        vae,          # between pictures, or spectrograms, and latents
+        scheduler     # any of diffusers
+    ):
         self.tokenizer = tokenizer
         self.text_encoder = text_encoder
         self.unet = unet
@@ -146,21 +153,26 @@ class LatentDiffusion:
             model.eval().requires_grad_(False)
         self.factor = 2**(len(vae.config.block_out_channels) - 1)
 
-    @property
-    def device(self): return self.unet.device
-
-    @property
-    def dtype(self): return self.unet.dtype
-
     @cached_property
-    def unconditional(self):
+    def unconditional(self)->torch.Tensor: # [1, ...]
         "Embedding of the empty caption, one row"
         return self.encode_text([''])
 
-    @property
-    def condition_shape(self)->tuple:
-        "Shape of the embedding of one caption"
-        return tuple(self.unconditional.shape[1:])
+# %% ../../nbs/frozen/07_diffusion.ipynb #52411ea5
+@patch(as_prop=True)
+def device(self:LatentDiffusion)->torch.device:
+    "Where the networks are"
+    return self.unet.device
+
+@patch(as_prop=True)
+def dtype(self:LatentDiffusion)->torch.dtype:
+    "Precision of the networks"
+    return self.unet.dtype
+
+@patch(as_prop=True)
+def condition_shape(self:LatentDiffusion)->tuple:
+    "Shape of the embedding of one caption"
+    return tuple(self.unconditional.shape[1:])
 
 # %% ../../nbs/frozen/07_diffusion.ipynb #b64fbdd3
 @patch(cls_method=True)
@@ -283,36 +295,51 @@ class StableDiffusion(LatentDiffusion):
     padding = 'max_length'
     guidance_scale = 7.5
 
-    def _embed(self, ids_BL, mask_BL):
+    def _embed(
+        self,
+        ids_BL,  # of the captions' tokens
+        mask_BL  # 1 where there is a token
+    ):           # [B, L, C]
+        "The text encoder's states"
         return self.text_encoder(ids_BL).last_hidden_state
 
-    def _predict(self, latents, t, condition):
+    def _predict(
+        self,
+        latents,  # [B, V, h, w]
+        t,        # timestep
+        condition # [B, L, C]
+    ):            # [B, V, h, w]
+        "The noise in the latents"
         return self.unet(latents, t, encoder_hidden_states=condition).sample
 
-    @torch.no_grad()
-    def decode(
-        self,
-        latents # [B, V, h, w]
-    )->list:    # B PIL pictures
-        "Pictures of latents"
-        x_BCHW = self.vae.decode(latents / self.vae.config.scaling_factor).sample
-        x_BCHW = (x_BCHW * .5 + .5).clamp(0, 1)
-        x_BHWC = x_BCHW.permute(0, 2, 3, 1).float().cpu().numpy()
-        return [Image.fromarray(x_HWC) for x_HWC in (x_BHWC * 255).round().astype(np.uint8)]
+# %% ../../nbs/frozen/07_diffusion.ipynb #65d09cae
+@patch
+@torch.no_grad()
+def decode(
+    self:StableDiffusion,
+    latents             # [B, V, h, w]
+)->list:                # B PIL pictures
+    "Pictures of latents"
+    x_BCHW = self.vae.decode(latents / self.vae.config.scaling_factor).sample
+    x_BCHW = (x_BCHW * .5 + .5).clamp(0, 1)
+    x_BHWC = x_BCHW.permute(0, 2, 3, 1).float().cpu().numpy()
+    return [Image.fromarray(x_HWC) for x_HWC in (x_BHWC * 255).round().astype(np.uint8)]
 
-    def generate(
-        self,
-        clip_BLC,                  # CLIP text states, from `encode_text` or a mapper
-        generator=None,            # list of B torch.Generator, see `generators_for`
-        latents=None,              # [B, V, h, w] noise to start from instead
-        steps:int=None,            # denoising steps; None takes `self.steps`
-        guidance_scale:float=None, # 1 or less is off; None takes `self.guidance_scale`
-        batch_size:int=16,         # pictures at once, fewer where memory runs out
-        progress:bool=True         # show a bar
-    )->list:
-        "One PIL picture per row of `clip_BLC`"
-        config = self.unet.config
-        shape = (config.in_channels, config.sample_size, config.sample_size)
-        batches = self.sample(clip_BLC, shape, generator, latents, steps, guidance_scale,
-                              batch_size, progress, finish=self.decode)
-        return list(chain.from_iterable(batches))
+# %% ../../nbs/frozen/07_diffusion.ipynb #65d09caf
+@patch
+def generate(
+    self:StableDiffusion,
+    clip_BLC,                  # CLIP text states, from `encode_text` or a mapper
+    generator=None,            # list of B torch.Generator, see `generators_for`
+    latents=None,              # [B, V, h, w] noise to start from instead
+    steps:int=None,            # denoising steps; None takes `self.steps`
+    guidance_scale:float=None, # 1 or less is off; None takes `self.guidance_scale`
+    batch_size:int=16,         # pictures at once, fewer where memory runs out
+    progress:bool=True         # show a bar
+)->list:
+    "One PIL picture per row of `clip_BLC`"
+    config = self.unet.config
+    shape = (config.in_channels, config.sample_size, config.sample_size)
+    batches = self.sample(clip_BLC, shape, generator, latents, steps, guidance_scale,
+                          batch_size, progress, finish=self.decode)
+    return list(chain.from_iterable(batches))

@@ -13,8 +13,8 @@ import re
 import torch
 from torch import Tensor, nn
 
-from ..base.loading import read_tensors
-from .llm import MERGE
+from ..base.loading import read_tensors, tensor_shapes
+from .llm import MERGE_COMMAND
 
 # %% ../../nbs/frozen/05_lora.ipynb #5959fbb7
 def lora_targets(
@@ -76,7 +76,7 @@ def check_delta(
     path           # of the checkpoint, for the error
 ):
     "Raise a ValueError that names the first key that is missing, unknown or of another shape"
-    found = {key: tuple(t.shape) for key, t in state.items()}
+    found = tensor_shapes(state)
     theirs = found.get('llama_proj.bias')
     ours = expected['llama_proj.bias']
     if theirs and theirs != ours:
@@ -100,7 +100,7 @@ def check_vicuna(
     if width in VICUNA_WIDTHS and rows < VICUNA_ROWS:
         raise ValueError(f'{path} was trained on Vicuna v0 with its {VICUNA_ROWS} embeddings, '
                          f'but this LLM has {rows}, as LLaMA and Vicuna v1.1 and v1.5 have: '
-                         f'take Vicuna v0; `{MERGE}` makes it')
+                         f'take Vicuna v0; `{MERGE_COMMAND}` makes it')
 
 # %% ../../nbs/frozen/05_lora.ipynb #04acd7e8
 LORA_ALPHA = 32

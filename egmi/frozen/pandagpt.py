@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..base.checks import list_texts, require_positive
 from ..base.config import component_path
+from ..base.fitting import in_batches
 from .imagebind import ImageBind, preprocess_audio, preprocess_images
 from .llm import SMOLLM2, find_file, load_llm
 from .lora import merge_delta
@@ -40,6 +41,7 @@ class PandaGPT(nn.Module):
         self.requires_grad_(False).eval()
 
     def train(self, mode:bool=True):
+        "Stay in evaluation mode"
         return super().train(False)
 
 # %% ../../nbs/frozen/06_pandagpt.ipynb #d6dba2d4
@@ -122,15 +124,14 @@ def embed_prompts(
 def image_features(
     self:PandaGPT,
     images:list[Image.Image], # pictures of any size
-    batch_size:int=64         # pictures at once
+    batch_size:int=64         # pictures at once, fewer where memory runs out
 )->Tensor:                    # features_ND
     "ImageBind features of pictures"
-    require_positive(batch_size=batch_size)
-    features = []
-    for start in range(0, len(images), batch_size):
-        x_B3HW = preprocess_images(images[start:start + batch_size], self.encoder.config)
-        features.append(self.encoder.encode_image(x_B3HW.to(self.llm.device)))
-    return torch.cat(features)
+    def encode(rows):
+        x_B3HW = preprocess_images(images[rows], self.encoder.config)
+        return self.encoder.encode_image(x_B3HW.to(self.llm.device))
+
+    return torch.cat(in_batches(encode, len(images), batch_size, 'pictures', progress=False))
 
 @patch
 @torch.no_grad()
@@ -138,16 +139,14 @@ def audio_features(
     self:PandaGPT,
     sounds:list[np.ndarray], # float32 mono waveforms
     sample_rate:int,         # Hz
-    batch_size:int=64        # sounds at once
+    batch_size:int=64        # sounds at once, fewer where memory runs out
 )->Tensor:                   # features_ND
     "ImageBind features of sounds"
-    require_positive(batch_size=batch_size)
-    features = []
-    for start in range(0, len(sounds), batch_size):
-        batch = sounds[start:start + batch_size]
-        x_BNKFT = preprocess_audio(batch, sample_rate, self.encoder.config)
-        features.append(self.encoder.encode_audio(x_BNKFT.to(self.llm.device)))
-    return torch.cat(features)
+    def encode(rows):
+        x_BNKFT = preprocess_audio(sounds[rows], sample_rate, self.encoder.config)
+        return self.encoder.encode_audio(x_BNKFT.to(self.llm.device))
+
+    return torch.cat(in_batches(encode, len(sounds), batch_size, 'sounds', progress=False))
 
 # %% ../../nbs/frozen/06_pandagpt.ipynb #2e436149
 @patch

@@ -59,7 +59,11 @@ class PrefixCache:
         "Memory of keys and values"
         return self.keys.nbytes + self.values.nbytes
 
-    def to(self, device=None, dtype=None):
+    def to(
+        self,
+        device=None, # torch device; None keeps it
+        dtype=None   # of keys and values; None keeps it
+    )->'PrefixCache':
         "A copy on another device, or with another dtype of keys and values"
         keys = self.keys.to(device, dtype)
         values = self.values.to(device, dtype)
@@ -101,7 +105,9 @@ def cat(
 )->PrefixCache:
     "One batch from several caches, padded on the left"
     longest = max(c.mask.shape[1] for c in caches)
-    keys, values, masks = [], [], []
+    keys = []
+    values = []
+    masks = []
     for c in caches:
         n = longest - c.mask.shape[1]
         keys.append(F.pad(c.keys, (0, 0, n, 0)))

@@ -130,6 +130,7 @@ def write_merged(
         index = dict(metadata=plan.metadata, weight_map=plan.tensor_to_filename)
         (folder/'model.safetensors.index.json').write_text(json.dumps(index, indent=2))
 
+# %% ../../nbs/frozen/03_vicuna.ipynb #de7dc473
 def merge_vicuna(
     llama,                # folder of LLaMA, in Hugging Face layout
     delta,                # folder of lmsys' difference, with its config and tokenizer
