@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAPPERS', 'BASELINES', 'text_targets', 'weights_hash', 'StoredTargets', 'store_embeddings', 'stored_targets',
-           'drop_modalities', 'cache_prefixes', 'Conditioner', 'make_conditioner', 'train_conditioner',
-           'predict_conditions']
+           'picture_features', 'drop_modalities', 'cache_prefixes', 'Conditioner', 'make_conditioner',
+           'train_conditioner', 'predict_conditions']
 
 # %% ../nbs/paper/04_training.ipynb #98063d8a
 import hashlib
@@ -119,6 +119,19 @@ def stored_targets(
     image = store_embeddings(image_generator, captions, folder, shard_size, progress)
     audio = store_embeddings(audio_generator, captions, folder, shard_size, progress)
     return StoredTargets(image, audio, shard_size)
+
+# %% ../nbs/paper/04_training.ipynb #5be0f1a4
+def picture_features(
+    panda:PandaGPT,    # with the frozen ImageBind
+    examples:list,     # N of them, each with its picture as `image`
+    batch_size:int=64, # pictures at once, fewer where memory runs out
+    progress:bool=True # show a bar
+)->Tensor:             # features_ND
+    "ImageBind features of the examples' pictures"
+    def run(rows):
+        return panda.image_features([e.image for e in examples[rows]])
+
+    return torch.cat(in_batches(run, len(examples), batch_size, 'pictures', progress))
 
 # %% ../nbs/paper/04_training.ipynb #5c4913ce
 def drop_modalities(

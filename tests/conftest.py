@@ -127,7 +127,8 @@ def new_cache(tmp_path_factory):
     "Makes an empty cache that borrows only the converted LLM from the usual one."
     from egmi.base.config import cache_dir
     from egmi.frozen.llm import smollm2_path
-    llm, usual = smollm2_path(), cache_dir()
+    llm = smollm2_path()
+    usual = cache_dir()
 
     def make():
         folder = tmp_path_factory.mktemp('cache')

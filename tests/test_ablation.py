@@ -18,7 +18,8 @@ pytestmark = pytest.mark.slow
 TINY = dict(steps=4, batch_size=4, n_train=8, n_eval=4, n_vocabulary=2, sampling_steps=2)
 MAPPERS = ['Separated mapper', 'Cross mapper', 'EGMI mapper']
 RIVALS = MAPPERS[:2]
-CEILING, FLOOR = 'text encoder (upper bound)', 'shuffled captions (floor)'
+CEILING = 'text encoder (upper bound)'
+FLOOR = 'shuffled captions (floor)'
 COMPARED = ['clip_text_image', 'clap_text_audio']
 SIMILARITIES = [*COMPARED, 'clip_image_image']
 RATES = ['object_image', 'object_audio', 'vocab_object_image', 'vocab_object_audio']

@@ -15,7 +15,8 @@ NOTEBOOK = ROOT/'nbs/audio_editing.ipynb'
 TINY = dict(n_eval=6, n_strength=2, n_data=2, sampling_steps=2, strengths=[.5], device='cpu')
 EDITS = [
     'EGMI', 'EGMI, source only', 'EGMI, instruction only', 'EGMI, target caption', 'AudioLDM, target caption']
-SOURCE, SOURCE_TRIP = 'source, unchanged', 'source, round trip'
+SOURCE = 'source, unchanged'
+SOURCE_TRIP = 'source, round trip'
 TARGET_TRIP = 'target, round trip (ceiling)'
 PRINTED = [f'{name}, printed' for name in ('CampNet', 'MakeAudio', 'AudioLDM-L', 'NExT-GPT', 'EGMI')]
 MEASURED = ['mcd_audio', 'clap_text_audio', 'changed_audio', 'kept_audio']

@@ -17,9 +17,8 @@ import torch
 
 from conftest import ROOT, environment
 
-from egmi.base.files import read_kept
+from egmi.base.files import made_once, read_kept
 from egmi.base.fitting import FitConfig, fit, in_batches
-from egmi.base.files import made_once
 from egmi.evaluation.experiment import kept_seconds
 from egmi.evaluation.folders import read_pairs
 from egmi.evaluation.outputs import run_on_files
@@ -304,14 +303,14 @@ def test_a_training_leaves_the_package_as_it_is(tmp_path):
 WRITERS = '''
 import os, sys
 from pathlib import Path
-import numpy as np, torch
+import numpy as np
 import pandas as pd
+import torch
 os.umask(int(sys.argv[2], 8))
 folder = Path(sys.argv[1])
 os.environ['EGMI_CACHE'] = str(folder/'cache')
-from egmi.base.files import write_json, write_table
+from egmi.base.files import made_once, write_json, write_table
 from egmi.base.fitting import FitConfig
-from egmi.base.files import made_once
 from egmi.evaluation.judge import Judge
 from egmi.frozen.imagebind import ImageBind, ImageBindConfig, TowerConfig
 from egmi.mapper import EGMIMapper, MapperConfig

@@ -1,10 +1,8 @@
-"""Measures and inputs are defined as in the official code, and memory does not grow with pairs.
+"""Measures are defined as in the official code, and memory does not grow with pairs.
 
 Each definition is written out here once more, from the official source. Weights are random."""
 import tracemalloc
 from contextlib import contextmanager
-from fractions import Fraction
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +14,6 @@ from egmi.base.audio import SAMPLE_RATE
 from egmi.evaluation.folders import Sound, clip_table
 from egmi.evaluation.metrics import DECIBELS, mel_cepstra, mel_cepstral_distortion, warped_mean
 from egmi.evaluation.networks import EXAMPLE_LENGTH, Cnn14, VGGish, batch_by_length
-from egmi.frozen.imagebind import ImageBindConfig, clip_starts
 from egmi.toybox.scenes import toybox
 
 SCENES = [scene.audio for scene in toybox('test', 8)]
@@ -33,20 +30,6 @@ def at_most(megabytes):
     finally:
         tracemalloc.stop()
     assert peak < megabytes, f'{peak:.0f} MB'
-
-
-# ImageBind
-
-def test_clips_are_spread_from_beginning_to_end():
-    "In whole samples; official seconds are floats, which may lie just below one."
-    lengths = (1, 20_000, 32_000, 32_001, 48_000, 96_007, 160_000, 441_000)
-    for n_samples, n_clips in product(lengths, (1, 2, 3, 5)):
-        last = max(n_samples - 32_000, 0)
-        starts = clip_starts(n_samples, ImageBindConfig(n_clips=n_clips))
-        assert len(starts) == n_clips
-        for i, start in enumerate(starts):
-            exact = Fraction(i * last, max(n_clips - 1, 1))
-            assert 0 <= exact - start < 2
 
 
 # Networks for sounds

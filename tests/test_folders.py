@@ -78,7 +78,8 @@ def test_command_writes_and_prints_the_scores(folders, tmp_path):
     process = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600)
     assert process.returncode == 0, process.stderr[-2000:]
     assert sorted(os.listdir(out)) == ['clips.csv', 'run.json', 'scores.csv']
-    row, clips = pd.read_csv(out/'scores.csv').iloc[0], pd.read_csv(out/'clips.csv')
+    row = pd.read_csv(out/'scores.csv').iloc[0]
+    clips = pd.read_csv(out/'clips.csv')
     expected, expected_clips = score(folders, captions=captions, mcd=True)
     assert list(row.index) == list(expected)
     assert (row.preset, row.resampler, row.classifier) == ('mini', 'soxr', 'judge')
@@ -231,7 +232,8 @@ def test_bad_captions(text, message, tmp_path):
 # Killed, and again
 
 def test_a_killed_run_goes_on(folders, given, monkeypatch):
-    run_batch, batches = outputs.run_batch, []
+    run_batch = outputs.run_batch
+    batches = []
 
     def killed(*arguments):
         if batches:
@@ -276,7 +278,8 @@ def test_writing_is_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_row_equals_direct_computation(folders):
     judge = Judge.from_pretrained(component_path('judge/sound')).float().eval()
     clap = load_clap(component_path('clap'))
-    captions, made = {s.id: s.caption for s in SCENES}, np.roll(AUDIO, 1, 0) / 2
+    captions = {s.id: s.caption for s in SCENES}
+    made = np.roll(AUDIO, 1, 0) / 2
     x, x_logits = features_and_logits(judge, sound_tensor(AUDIO))
     y, y_logits = features_and_logits(judge, sound_tensor(made))
     cosines = cosine_similarity(clap.embed_sounds(made, RATE), clap.embed_texts(list(captions.values())))
@@ -340,7 +343,8 @@ def test_paper_networks_at_full_size(folders, given, tmp_path):
     write_clap(TINY, tmp_path/'clap')
     sources = {name: str(path) for name, path in paths.items()}
     preset = replace(get_preset('paper'), classifiers=sources, clap=str(tmp_path/'clap'))
-    real, made = AUDIO[:3], AUDIO[2::-1] / 2
+    real = AUDIO[:3]
+    made = AUDIO[2::-1] / 2
     waves = dict(real3=real, made3=made)
     some = [write_sounds(tmp_path/name, IDS[:3], audio, RATE) for name, audio in waves.items()]
     captions = {s.id: s.caption for s in SCENES}
@@ -350,7 +354,8 @@ def test_paper_networks_at_full_size(folders, given, tmp_path):
     cnn14, vggish = (load_network(name, path, torch.device('cpu')) for name, path in paths.items())
     x, x_logits = cnn14.classify(real, RATE)
     y, y_logits = cnn14.classify(made, RATE)
-    x_frames, y_frames = vggish.embed(real, RATE), vggish.embed(made, RATE)
+    x_frames = vggish.embed(real, RATE)
+    y_frames = vggish.embed(made, RATE)
     assert x.shape == (3, 2048) and x_frames.shape == (6, 128)
     expected = dict(
         fd_audio=frechet_distance(x, y), fad_audio=frechet_distance(x_frames, y_frames),

@@ -19,8 +19,7 @@ from egmi.frozen.llm import load_llm, smollm2_path
 from egmi.frozen.pandagpt import PandaGPT
 from egmi.frozen.prefix import run_prefix, run_tail, run_whole
 from egmi.small.random_weights import (
-    TINY, draw, write_audioldm, write_clap,
-    write_clip, write_llm, write_stable_diffusion)
+    TINY, draw, write_audioldm, write_clap, write_clip, write_llm, write_stable_diffusion)
 
 SD = StableDiffusion.from_pretrained
 

@@ -10,7 +10,7 @@ import egmi.training
 from egmi.frozen.diffusion import generators_for
 from egmi.frozen.prefix import run_prefix, run_tail
 from egmi.model import load_generators, load_panda, mapper_config
-from egmi.small.random_weights import TINY, weight_variables, random_preset, write_weights
+from egmi.small.random_weights import TINY, random_preset, weight_variables, write_weights
 from egmi.training import cache_prefixes, make_conditioner, predict_conditions
 
 TEXTS = ['a bell', 'three big green whistles indoors', 'a drum in the rain', 'two birds',

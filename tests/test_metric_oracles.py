@@ -8,13 +8,10 @@ import io
 
 import numpy as np
 import pytest
-import scipy.linalg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.distance import cdist, pdist
-from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
-from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torchaudio.functional import create_dct, melscale_fbanks
 from torchmetrics.image.fid import _compute_fid
@@ -56,38 +53,17 @@ def sound(rng, seconds):
 
 # Sets
 
-@pytest.mark.parametrize('n, m', [(500, 400), (60, 70), (40, 500)])
-def test_frechet_distance_equals_three_libraries(n, m):
-    "Roots of singular covariances cost the libraries half their digits, which leaves 1e-6."
-    rng = np.random.default_rng(0)
-    x, y = like_a_network(rng, n), like_a_network(rng, m, shift=.2)
-    ours = frechet_distance(x, y)
-    tx, ty = torch.tensor(x), torch.tensor(y)
-    statistics = fid_features_to_statistics(tx), fid_features_to_statistics(ty)
-    close(ours, fid_statistics_to_metric(*statistics, verbose=False)['frechet_inception_distance'])
-    close(ours, _compute_fid(tx.mean(0), tx.T.cov(), ty.mean(0), ty.T.cov()).item())
-    covariances = [np.cov(s.T) + 1e-12 * np.eye(96) for s in (x, y)]
-    root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
-    expected = np.sum((x.mean(0) - y.mean(0))**2) + np.trace(sum(covariances) - 2 * root)
-    close(ours, expected, 1e-5 if min(n, m) < 96 else 1e-6)
-
-
 def test_frechet_distance_of_biased_covariances_is_another():
     "With ddof 0, as some scripts have it, the traces shrink by (N - 1) / N and the means stay."
     rng = np.random.default_rng(1)
-    x, y = like_a_network(rng, 200), like_a_network(rng, 200, shift=.3)
+    x = like_a_network(rng, 200)
+    y = like_a_network(rng, 200, shift=.3)
     shift = np.sum((x.mean(0) - y.mean(0))**2)
-    tx, ty = torch.tensor(x), torch.tensor(y)
+    tx = torch.tensor(x)
+    ty = torch.tensor(y)
     covariances = tx.T.cov(correction=0), ty.T.cov(correction=0)
     biased = _compute_fid(tx.mean(0), covariances[0], ty.mean(0), covariances[1]).item()
     close(biased - shift, (frechet_distance(x, y) - shift) * 199 / 200)
-
-
-@pytest.mark.parametrize('n', [957, 64, 21])
-def test_inception_score_equals_torch_fidelity(n):
-    logits = 3 * np.random.default_rng(2).normal(size=(n, 527))
-    theirs = isc_features_to_metric(torch.tensor(logits), splits=10, shuffle=True, rng_seed=2020)
-    close(inception_score(logits), list(theirs.values()), 1e-10)
 
 
 def test_kernel_distance_against_kid():
@@ -95,8 +71,11 @@ def test_kernel_distance_against_kid():
 
     Given our Gaussian kernel, both libraries say what we say, but for the factor 100."""
     rng = np.random.default_rng(3)
-    x, y = like_a_network(rng, 150), like_a_network(rng, 150, shift=.2)
-    tx, ty, bandwidth = torch.tensor(x), torch.tensor(y), np.median(pdist(x))
+    x = like_a_network(rng, 150)
+    y = like_a_network(rng, 150, shift=.2)
+    tx = torch.tensor(x)
+    ty = torch.tensor(y)
+    bandwidth = np.median(pdist(x))
 
     def fidelity(**kernel):
         options = dict(kid_subsets=1, kid_subset_size=150, rng_seed=0, verbose=False)
@@ -114,12 +93,6 @@ def test_kernel_distance_against_kid():
     assert abs(gaussian / cubic - 1) > .1
 
 
-def test_kl_divergence_equals_torch():
-    ref, gen = 4 * np.random.default_rng(4).normal(size=(2, 80, 527))
-    p, q = (torch.distributions.Categorical(logits=torch.tensor(s)) for s in (ref, gen))
-    close(kl_divergence(ref, gen), torch.distributions.kl_divergence(p, q).mean().item(), 1e-10)
-
-
 def test_kl_divergence_of_audioldm_eval():
     """Written out from its source: epsilon joins the generated probabilities alone, after the softmax.
 
@@ -128,7 +101,8 @@ def test_kl_divergence_of_audioldm_eval():
     for sure in (.5, 4., 40.):
         ref, gen = sure * rng.normal(size=(2, 60, 527))
         p, q = (np.exp(s - s.max(1, keepdims=True)) for s in (ref, gen))
-        p, q = p / p.sum(1, keepdims=True), q / q.sum(1, keepdims=True)
+        p = p / p.sum(1, keepdims=True)
+        q = q / q.sum(1, keepdims=True)
         terms = np.where(p > 0, p * np.log(np.maximum(p, 1e-300) / (q + 1e-6)), 0)
         expected = terms.sum(1)
         close(kl_of_pairs(ref, gen, KL_EPSILON), expected, 1e-9)
@@ -137,15 +111,6 @@ def test_kl_divergence_of_audioldm_eval():
 
 
 # Mel cepstral distortion
-
-@pytest.mark.parametrize('shape', [(1, 1), (1, 40), (40, 1), (120, 75), (300, 310)])
-def test_warping_equals_dtw_python(shape):
-    rng = np.random.default_rng(6)
-    cost = cdist(*(np.cumsum(rng.normal(size=(n, 5)), axis=0) for n in shape))
-    path = dtw(cost, step_pattern='symmetric1')
-    close(warped_mean(cost), path.distance / len(path.index1), 1e-9)
-    assert warped_mean(iter(cost), shape, cost.max()) == warped_mean(cost)
-
 
 def test_warping_of_ties_is_the_shortest_way():
     "Of equally cheap ways dtw-python's may be longer than ours; its total cost is the same."
@@ -192,7 +157,8 @@ def test_cepstra_are_those_of_a_sound_without_infrasound():
     gain_F = np.append(0, 1 / (1 + ratio_F**4))
     left = np.fft.irfft(np.fft.rfft(wave, 2 * len(wave)) * gain_F)[:len(wave)]
     middle = slice(200, 300)
-    ours, theirs = mel_cepstra(wave, RATE)[middle], mel_cepstra(left, RATE, highpass=0.)[middle]
+    ours = mel_cepstra(wave, RATE)[middle]
+    theirs = mel_cepstra(left, RATE, highpass=0.)[middle]
     assert abs(ours - theirs).max() < 1e-6 * abs(theirs).max()
     assert abs(ours - mel_cepstra(wave, RATE, highpass=0.)[middle]).max() > .05 * abs(theirs).max()
 
@@ -204,7 +170,9 @@ def test_unscaled_distortion_equals_mel_cepstral_distance(monkeypatch):
     symmetric: both are given to both here."""
     theirs = pytest.importorskip('mel_cepstral_distance.computation')
     alignment = pytest.importorskip('mel_cepstral_distance.alignment')
-    rng, n_mels, n_cepstra = np.random.default_rng(9), 20, 15
+    rng = np.random.default_rng(9)
+    n_mels = 20
+    n_cepstra = 15
     filters_KF = theirs.get_w_n_m(RATE, 512, n_mels, 0, 8000)
     monkeypatch.setattr(metrics, 'triangular_filters', lambda *_: filters_KF.T)
     waves = [sound(rng, .8), sound(rng, .9)]
@@ -250,7 +218,8 @@ quick = settings(max_examples=30, deadline=None, derandomize=True)
 @given(seeds, sizes, sizes)
 def test_sets(seed, n, m):
     "Nothing to itself, symmetric, blind to order, and moved by what moves both only in rounding."
-    x, y = features(seed, n), features(seed + 1, m) + 1
+    x = features(seed, n)
+    y = features(seed + 1, m) + 1
     rng = np.random.default_rng(seed)
     scale = np.sum(x.var(0)) + np.sum(y.var(0))
     assert abs(frechet_distance(x, rng.permutation(x))) < 1e-9 * scale
@@ -283,7 +252,8 @@ def test_kernel_distance_of_a_set_to_itself(seed, n):
 def test_logits(seed, n):
     "A constant on all logits of a row changes nothing, nor does the order, but for scores in several parts."
     logits, other = 3 * np.random.default_rng(seed).normal(size=(2, n, 7))
-    order, shift = np.random.default_rng(seed).permutation(n), np.arange(n)[:, None]
+    order = np.random.default_rng(seed).permutation(n)
+    shift = np.arange(n)[:, None]
     score = inception_score(logits, splits=1)[0]
     assert 1 <= score <= 7
     close(inception_score(logits[order] + shift, splits=1)[0], score, 1e-9)
@@ -298,7 +268,8 @@ def test_logits(seed, n):
 def test_distortion(seed, gain, sign):
     "Nothing to itself, symmetric, blind to gain and sign without c0; with c0 a gain costs its dB."
     rng = np.random.default_rng(seed)
-    a, b = sound(rng, .3), sound(rng, .4)
+    a = sound(rng, .3)
+    b = sound(rng, .4)
     assert mel_cepstral_distortion(a, a, RATE) == 0
     assert mel_cepstral_distortion(a, sign * gain * a, RATE) < 1e-6
     between = mel_cepstral_distortion(a, b, RATE)
@@ -327,7 +298,10 @@ def test_comparisons(seed, clips, runs):
 
 # Bad input
 
-ONE, FLAT, HOLED, SAME = np.ones((1, 4)), np.ones(4), np.full((5, 4), np.nan), np.ones((5, 4))
+ONE = np.ones((1, 4))
+FLAT = np.ones(4)
+HOLED = np.full((5, 4), np.nan)
+SAME = np.ones((5, 4))
 GOOD = np.random.default_rng(0).normal(size=(9, 4))
 
 
@@ -345,14 +319,3 @@ def test_bad_sets_are_named(metric, bad, why):
         with pytest.raises(ValueError, match=why) as error:
             metric(*pair)
         assert name in str(error.value)
-
-
-@pytest.mark.parametrize('bad, why', [
-    (np.zeros(0), 'gen is empty'),
-    (np.zeros(RATE), 'gen is silent'),
-    (np.ones((2, RATE)), 'gen must be mono'),
-    (np.full(RATE, np.inf), 'gen holds NaN or infinite'),
-    (np.ones(9), 'gen has 9 samples')])
-def test_bad_sounds_are_named(bad, why):
-    with pytest.raises(ValueError, match=why):
-        mel_cepstral_distortion(sound(np.random.default_rng(0), .2), bad, RATE)
