@@ -102,16 +102,16 @@ def frechet(a_ND, b_ND):
 
 def test_frechet_distances_are_those_of_the_saved_samples(cache, table):
     from egmi.base.config import component_path
-    from egmi.evaluation.judge import Judge, picture_tensor, read, sound_tensor
+    from egmi.evaluation.judge import Judge, features_and_logits, picture_tensor, sound_tensor
     from egmi.toybox.scenes import toybox
     scenes = toybox('test', 4)
     senses = dict(image=('picture', 'images', picture_tensor), audio=('sound', 'audio', sound_tensor))
     for word, (sense, name, tensor) in senses.items():
         judge = Judge.from_pretrained(component_path(f'judge/{sense}')).float().eval()
-        real_ND, _ = read(judge, tensor([getattr(scene, word) for scene in scenes]))
+        real_ND, _ = features_and_logits(judge, tensor([getattr(scene, word) for scene in scenes]))
         for system in MAPPERS:
             path, = cache.glob(f'ablation/generation/*/{system}-0-test-0-4.npz')
-            made_ND, _ = read(judge, tensor(np.load(path)[name]))
+            made_ND, _ = features_and_logits(judge, tensor(np.load(path)[name]))
             expected = frechet(real_ND.astype(float), made_ND.astype(float))
             assert table.loc[system, f'fd_{word}'] == pytest.approx(expected, rel=1e-3), (system, word)
 

@@ -88,7 +88,8 @@ def test_curve_has_both_systems(finished):
 def test_speech_protocol_measures_span_and_utterance(finished):
     speech = pd.read_csv(finished[0]/'vctk.csv').set_index('system')
     assert list(speech.index) == ['EGMI', 'AudioLDM, transcript', 'round trip']
-    for column in ('segment_mcd', 'utterance_mcd'):  # two utterances do not say which system is nearer
+    # two utterances do not say which system is nearer
+    for column in ('mcd_audio_segment', 'mcd_audio_utterance'):
         assert (speech[f'{column}_low'] <= speech[column] + 1e-4).all()
         assert (speech[column] <= speech[f'{column}_high'] + 1e-4).all()
         assert speech[column].nunique() == 3 and speech[column].between(.1, 30).all()

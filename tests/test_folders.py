@@ -19,7 +19,7 @@ from egmi.data.examples import ids_hash
 from egmi.evaluation import folders as folders_module, outputs
 from egmi.evaluation.encoders import load_clap
 from egmi.evaluation.folders import main, read_captions, read_pairs, score_sounds, write_sounds
-from egmi.evaluation.judge import Judge, read, sound_tensor
+from egmi.evaluation.judge import Judge, features_and_logits, sound_tensor
 from egmi.evaluation.metrics import (
     KL_EPSILON, cosine_similarity, frechet_distance, inception_score, kernel_distance, kl_divergence)
 from egmi.evaluation.networks import Cnn14, VGGish
@@ -280,8 +280,8 @@ def test_row_equals_direct_computation(folders):
     clap = load_clap(component_path('clap'))
     captions = {s.id: s.caption for s in SCENES}
     made = np.roll(AUDIO, 1, 0) / 2
-    x, x_logits = read(judge, sound_tensor(AUDIO))
-    y, y_logits = read(judge, sound_tensor(made))
+    x, x_logits = features_and_logits(judge, sound_tensor(AUDIO))
+    y, y_logits = features_and_logits(judge, sound_tensor(made))
     cosines = cosine_similarity(clap.embed_sounds(made, RATE), clap.embed_texts(list(captions.values())))
     row, clips = score(folders, captions=captions)
     expected = dict(
@@ -352,8 +352,8 @@ def test_paper_networks_at_full_size(folders, given, tmp_path):
     assert given == dict(cnn14=6, vggish=6, clap=3)
     assert row['classifier'] == 'cnn14, vggish' and row['preset'] == 'paper'
     cnn14, vggish = (load_network(name, path, torch.device('cpu')) for name, path in paths.items())
-    x, x_logits = cnn14.listen(real, RATE)
-    y, y_logits = cnn14.listen(made, RATE)
+    x, x_logits = cnn14.classify(real, RATE)
+    y, y_logits = cnn14.classify(made, RATE)
     x_frames = vggish.embed(real, RATE)
     y_frames = vggish.embed(made, RATE)
     assert x.shape == (3, 2048) and x_frames.shape == (6, 128)

@@ -7,7 +7,8 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from egmi.evaluation.networks import RATE, Cnn14, VGGish, at_16k, log_mel_examples, split_examples
+from egmi.base.audio import SAMPLE_RATE
+from egmi.evaluation.networks import Cnn14, VGGish, at_16k, log_mel_examples, split_examples
 
 rng = np.random.default_rng(0)
 
@@ -45,18 +46,19 @@ def test_cnn14_equals_panns_inference(tmp_path, monkeypatch):
     package = ModuleType('panns_inference')  # its own __init__ downloads
     package.__path__ = list(find_spec('panns_inference').submodule_search_locations)
     monkeypatch.setitem(sys.modules, 'panns_inference', package)
-    theirs = randomise(import_module('panns_inference.models').Cnn14(RATE, 512, 160, 64, 50, 8000, 527))
+    published = import_module('panns_inference.models').Cnn14
+    theirs = randomise(published(SAMPLE_RATE, 512, 160, 64, 50, 8000, 527))
     theirs.bn0.running_mean.uniform_(-40, -20)
     theirs.bn0.running_var.uniform_(100, 300)
     torch.save(dict(iteration=1, model=theirs.state_dict()), tmp_path/'cnn14.pth')
     ours = Cnn14.from_official(tmp_path/'cnn14.pth')
     for wave in WAVES:
-        sound = torch.tensor(at_16k([wave], RATE, centred=True)[0])[None]
+        sound = torch.tensor(at_16k([wave], SAMPLE_RATE, centred=True)[0])[None]
         with torch.no_grad():
             log_mel = theirs.logmel_extractor(theirs.spectrogram_extractor(sound))[:, 0]
             found = theirs(sound)
             assert float((ours.log_mel(sound) - log_mel).abs().max()) <= 1e-4  # dB
-        features, logits = ours.listen([wave], RATE)
+        features, logits = ours.classify([wave], SAMPLE_RATE)
         assert relative_difference(features, found['embedding'].numpy()) <= 1e-5
         assert relative_difference(1 / (1 + np.exp(-logits)), found['clipwise_output'].numpy()) <= 1e-5
 
@@ -66,13 +68,14 @@ def test_vggish_equals_torchvggish(tmp_path):
     examples = import_module('torchvggish.vggish_input').waveform_to_examples
     torch.save(theirs.state_dict(), tmp_path/'vggish.pth')
     ours = VGGish.from_official(tmp_path/'vggish.pth')
-    centred = [at_16k([wave], RATE, centred=True)[0] for wave in WAVES]  # as audioldm_eval hands them over
+    # as audioldm_eval hands them over
+    centred = [at_16k([wave], SAMPLE_RATE, centred=True)[0] for wave in WAVES]
     mels = np.concatenate([log_mel_examples(split_examples(wave)) for wave in centred])
     with torch.no_grad():
-        expected = torch.cat([examples(wave, RATE) for wave in centred])
+        expected = torch.cat([examples(wave, SAMPLE_RATE) for wave in centred])
         difference = float(abs(mels - expected[:, 0].numpy()).max())
         print('mels', difference)
         assert difference <= 1e-5
         theirs.embeddings = theirs.embeddings[:-1]  # without the last ReLU
         features = theirs(expected).numpy()
-    assert relative_difference(ours.embed(WAVES, RATE), features) <= 1e-5
+    assert relative_difference(ours.embed(WAVES, SAMPLE_RATE), features) <= 1e-5

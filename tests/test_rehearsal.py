@@ -162,5 +162,5 @@ def test_table_2_without_an_output_path(cache, tmp_path):
     assert (ours.note == NOTE).all()
     assert np.isfinite(ours[['mcd_audio', 'clap_text_audio']]).all(axis=None)
     assert 'changed_audio' not in table2
-    assert np.isfinite(speech[['segment_mcd', 'utterance_mcd']]).all(axis=None)
+    assert np.isfinite(speech[['mcd_audio_segment', 'mcd_audio_utterance']]).all(axis=None)
     assert json.loads((out/'run.json').read_text())['note'] == NOTE

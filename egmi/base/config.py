@@ -57,7 +57,7 @@ class Preset:
     clip:str              # scores pictures against text
     clap:str              # scores sounds against text
     judge:str|None = None # classifies factors, where the data have any
-    classifiers:dict = field(default_factory=dict) # network of `egmi.evaluation.folders` -> its weights
+    classifiers:dict = field(default_factory=dict) # network of `egmi.evaluation.outputs` -> its weights
     llm_dtype:str = 'float32'       # of the LLM and the projection into it, as `pick_dtype` takes it
     generator_dtype:str = 'float32' # of Stable Diffusion and AudioLDM, likewise
     mapper:dict = field(default_factory=dict) # fields of `MapperConfig` that differ from its defaults

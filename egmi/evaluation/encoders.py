@@ -56,7 +56,8 @@ def text_vectors(
 # %% ../../nbs/evaluation/03_encoders.ipynb #4d252948
 class TransformersClip:
     "CLIP from a folder or hub id of `transformers`"
-    def __init__(self,
+    def __init__(
+        self,
         folder,
         device='cpu'
     ):
@@ -64,7 +65,8 @@ class TransformersClip:
         self.tokenizer = load_part(AutoTokenizer, folder)
         self.pixels = load_part(AutoImageProcessor, folder)
 
-    def embed_images(self,
+    def embed_images(
+        self,
         images        # N that `as_rgb` takes
     )->np.ndarray:    # [N, D]
         "Pictures as unit vectors"
@@ -75,7 +77,8 @@ class TransformersClip:
 
         return embed_in_batches(embed, images)
 
-    def embed_texts(self,
+    def embed_texts(
+        self,
         texts:list[str]
     )->np.ndarray:      # [N, D]
         "Texts as unit vectors"
@@ -84,7 +87,8 @@ class TransformersClip:
 # %% ../../nbs/evaluation/03_encoders.ipynb #bf39a06b
 class OpenClip:
     "CLIP from a file that `open_clip` reads"
-    def __init__(self,
+    def __init__(
+        self,
         path,                          # state dict: `.pt`, `.bin` or `.safetensors`
         device='cpu',
         name:str='ViT-L-14-quickgelu'  # of `open_clip.list_models()`; -quickgelu for weights from OpenAI
@@ -103,7 +107,8 @@ class OpenClip:
         self.device = device
         self.tokenizer = open_clip.get_tokenizer(name)
 
-    def embed_images(self,
+    def embed_images(
+        self,
         images        # N that `as_rgb` takes
     )->np.ndarray:    # [N, D]
         "Pictures as unit vectors"
@@ -113,7 +118,8 @@ class OpenClip:
 
         return embed_in_batches(embed, images)
 
-    def embed_texts(self,
+    def embed_texts(
+        self,
         texts:list[str]
     )->np.ndarray:      # [N, D]
         "Texts as unit vectors"
@@ -133,7 +139,8 @@ def rounded_to_int16(
 # %% ../../nbs/evaluation/03_encoders.ipynb #aba92222
 class Clap:
     "CLAP: sounds and texts as unit vectors"
-    def __init__(self,
+    def __init__(
+        self,
         model:ClapModel,
         tokenizer,
         mels:ClapFeatureExtractor,
@@ -144,7 +151,8 @@ class Clap:
         self.mels = mels
         self.int16 = int16
 
-    def embed_sounds(self,
+    def embed_sounds(
+        self,
         waves,           # N waveforms as `as_wave` takes them
         sample_rate:int  # of all of them, in Hz
     )->np.ndarray:       # [N, D]
@@ -156,13 +164,15 @@ class Clap:
 
         return embed_in_batches(embed, waves)
 
-    def embed_texts(self,
+    def embed_texts(
+        self,
         texts:list[str]
     )->np.ndarray:      # [N, D]
         "Texts as unit vectors"
         return text_vectors(self.model, self.tokenizer, texts)
 
-    def prepare(self,
+    def prepare(
+        self,
         wave,            # as `as_wave` takes it
         sample_rate:int  # in Hz
     )->np.ndarray:       # float32 [T], at the model's rate, no longer than its input
@@ -172,7 +182,8 @@ class Clap:
 
 # %% ../../nbs/evaluation/03_encoders.ipynb #a41211bf
 @patch(cls_method=True)
-def from_pretrained(cls:Clap,
+def from_pretrained(
+    cls:Clap,
     folder,      # folder or hub id of `transformers`
     device='cpu'
 )->Clap:
@@ -229,7 +240,8 @@ def read_laion(
 HTSAT_TINY = ClapConfig(text_config=dict(layer_norm_eps=1e-5)) # as RoBERTa-base; ClapConfig has 1e-12
 
 @patch(cls_method=True)
-def from_official(cls:Clap,
+def from_official(
+    cls:Clap,
     path,                         # `630k-audioset-best.pt`, or another one without fusion
     device='cpu',
     tokenizer='roberta-base',     # folder or hub id with RoBERTa's vocabulary

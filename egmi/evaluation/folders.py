@@ -22,7 +22,7 @@ import pandas as pd
 from fastcore.script import call_parse
 from tqdm import tqdm
 
-from ..base.audio import as_channels, checked_rate, is_silent
+from ..base.audio import SAMPLE_RATE, as_channels, checked_rate, is_silent
 from ..base.audio_files import SOUNDS, audio_info, list_sounds, read_audio, wav_bytes
 from ..base.config import get_preset, pick_device
 from ..base.files import bad_file, explain_mismatch, replacing, write_json, write_table
@@ -31,7 +31,6 @@ from ..data.tables import read_csv
 from .checks import require_weights
 from .experiment import check_writable, provenance, time_stage
 from .metrics import KL_EPSILON, kl_of_pairs, mel_cepstral_distortion
-from .networks import RATE
 from .outputs import (
     RESAMPLERS, SHORTEST_INPUT, load_network, name_networks, run_on_files, weights_path)
 from .scoring import clap_text_audio, inception_columns, set_distances
@@ -136,6 +135,7 @@ def require_all(
         problem = f'{problem}: {explain_mismatch(wanted, there)}'
     raise ValueError(problem)
 
+# %% ../../nbs/evaluation/11_folders.ipynb #d6d734b2
 def checked_captions(
     captions,              # id -> caption: a dict or a Series of pandas
     source:str='captions'  # where they come from, for errors
@@ -189,8 +189,8 @@ def read_sound(
 )->Sound:
     "Check a file"
     wave_T, rate = read_audio(file)
-    if len(wave_T) * RATE < shortest * rate:
-        needed = f'{shortest / RATE:.3f} s that the networks need'
+    if len(wave_T) * SAMPLE_RATE < shortest * rate:
+        needed = f'{shortest / SAMPLE_RATE:.3f} s that the networks need'
         raise bad_file('sound', file, f'lasts {len(wave_T) / rate:.3f} s, less than the {needed}')
     content = hashlib.sha256(f'{rate} Hz'.encode())
     content.update(wave_T)
@@ -233,17 +233,17 @@ def distortion(
     "Mel cepstral distortion of two files at 16 kHz, NaN where the generated one is silent"
     if generated.silent:
         return np.nan
-    waves = [RESAMPLERS[resampler](*read_audio(s.file), RATE) for s in (reference, generated)]
-    return mel_cepstral_distortion(*waves, RATE)
+    waves = [RESAMPLERS[resampler](*read_audio(s.file), SAMPLE_RATE) for s in (reference, generated)]
+    return mel_cepstral_distortion(*waves, SAMPLE_RATE)
 
 def clip_table(
-    references:list, # N of `Sound`
-    generated:list,  # N of `Sound`
-    reference:dict,  # part -> outputs of networks for the references
-    outputs:dict     # part -> outputs of networks for the generated sounds
+    references:list,        # N of `Sound`
+    generated:list,         # N of `Sound`
+    reference_outputs:dict, # part -> outputs of networks for the references
+    generated_outputs:dict  # part -> outputs of networks for the generated sounds
 )->pd.DataFrame:
     "A row for each generated sound: KL(reference || generated), length and levels"
-    kl_N = kl_of_pairs(reference['logits'], outputs['logits'], KL_EPSILON)
+    kl_N = kl_of_pairs(reference_outputs['logits'], generated_outputs['logits'], KL_EPSILON)
     rows = []
     for s, kl in zip(generated, kl_N):
         rows.append(dict(id=s.id, kl_audio=kl, seconds=s.seconds, peak=s.peak, rms=s.rms, clipped=s.clipped))
@@ -261,7 +261,7 @@ def count_flaws(
         clipped=sum(s.clipped > 1e-3 for s in generated),
         duplicates=len(generated) - len({s.sha256 for s in generated}),
         mixed_down=sum(s.channels > 1 for s in both),
-        resampled=sum(s.sample_rate != RATE for s in both))
+        resampled=sum(s.sample_rate != SAMPLE_RATE for s in both))
 
 # %% ../../nbs/evaluation/11_folders.ipynb #a9010003
 def distortions(
@@ -277,16 +277,16 @@ def distortions(
     return values
 
 def score_row(
-    references:list,    # N of `Sound`
-    generated:list,     # N of `Sound`
-    reference:dict,     # part -> outputs of networks for the references
-    outputs:dict,       # part -> outputs of networks for the generated sounds
-    clips:pd.DataFrame  # a row for each generated sound
-)->dict:                # column -> score
+    references:list,        # N of `Sound`
+    generated:list,         # N of `Sound`
+    reference_outputs:dict, # part -> outputs of networks for the references
+    generated_outputs:dict, # part -> outputs of networks for the generated sounds
+    clips:pd.DataFrame      # a row for each generated sound
+)->dict:                    # column -> score
     "Scores of the sets, means of the pairs, and counts of flaws"
     row = tally(generated)
-    row |= set_distances(reference, outputs, 'audio')
-    row |= inception_columns(outputs, 'audio')
+    row |= set_distances(reference_outputs, generated_outputs, 'audio')
+    row |= inception_columns(generated_outputs, 'audio')
     for column in ('kl_audio', 'clap_text_audio', 'mcd_audio'):
         if column in clips:
             row[column] = float(clips[column].mean(skipna=False))
@@ -319,16 +319,16 @@ def score_sounds(
     require_weights(preset, needed)
     references, generated = read_pairs(reference_dir, generated_dir, captions, SHORTEST_INPUT, progress)
     run = partial(run_on_files, resampler=resampler, device=device, progress=progress)
-    reference = run(references, classifiers)
-    outputs = run(generated, sources)
-    clips = clip_table(references, generated, reference, outputs)
+    reference_outputs = run(references, classifiers)
+    generated_outputs = run(generated, sources)
+    clips = clip_table(references, generated, reference_outputs, generated_outputs)
     if captions is not None:
         clap = load_network('clap', weights_path(preset.clap), device)
         texts = [captions[id] for id in clips.id]
-        clips['clap_text_audio'] = clap_text_audio(clap, outputs['embedding'], texts)
+        clips['clap_text_audio'] = clap_text_audio(clap, generated_outputs['embedding'], texts)
     if mcd:
         clips['mcd_audio'] = distortions(references, generated, resampler, progress)
-    row = score_row(references, generated, reference, outputs, clips)
+    row = score_row(references, generated, reference_outputs, generated_outputs, clips)
     row |= dict(resampler=resampler, preset=preset.name)
     row |= dict(classifier=', '.join(classifiers), networks=name_networks(sources))
     return row, clips
@@ -392,8 +392,8 @@ def main(
                 raise ValueError(f'--{name} is empty: give a path or leave it out')
         folder = check_writable(out, '--out DIR') if out else None
         with time_stage(seconds, 'score'):
-            said = captions and read_captions(captions)
-            row, clips = score_sounds(preset, reference, generated, said, device, resampler, mcd)
+            texts = read_captions(captions) if captions else None
+            row, clips = score_sounds(preset, reference, generated, texts, device, resampler, mcd)
     except (ValueError, OSError) as e:
         raise SystemExit(f'egmi-evaluate: {e}')
     if folder:

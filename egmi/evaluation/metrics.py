@@ -297,8 +297,8 @@ def mel_cepstra(
                          f'0 to {n_mels - 1}, and at least one is needed')
     frames_of(sound, n_fft, step, name)
     filters_FK = triangular_filters(n_mels, n_fft, sample_rate, low, high)
-    heard = high_passed(sound, sample_rate, highpass)
-    power_TK = band_powers(frames_of(heard, n_fft, step, name), filters_FK)
+    filtered = high_passed(sound, sample_rate, highpass)
+    power_TK = band_powers(frames_of(filtered, n_fft, step, name), filters_FK)
     if power_TK.max() <= (1e-7 * np.abs(sound).max())**2:
         raise ValueError(f'{name} is silent')
     lowest = power_TK.max() * 10**(-dynamic_range / 10)

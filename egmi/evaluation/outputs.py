@@ -23,14 +23,14 @@ import torch
 import torchaudio
 from tqdm import tqdm
 
-from ..base.audio import as_wave, resample
+from ..base.audio import SAMPLE_RATE, as_wave, resample
 from ..base.audio_files import read_audio
 from ..base.config import Preset, component_path
 from ..base.files import file_hash, read_arrays, read_kept, replacing
+from ..base.work import work_folder
 from .encoders import load_clap, load_clip
-from .experiment import work_folder
-from .judge import Judge, picture_tensor, read, sound_tensor
-from .networks import RATE, Cnn14, VGGish, equal_lengths
+from .judge import Judge, features_and_logits, picture_tensor, sound_tensor
+from .networks import Cnn14, VGGish, batch_by_length
 
 # %% ../../nbs/evaluation/09_outputs.ipynb #a8010002
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ SHORTEST_INPUT = 512 # samples at 16 kHz that every network for sounds needs
 
 def rate_16k(model)->int: # Hz
     "The rate of all networks for sounds but CLAP"
-    return RATE
+    return SAMPLE_RATE
 
 def clap_rate(clap)->int: # Hz
     "48 kHz for LAION's, 16 kHz for the small one"
@@ -61,32 +61,38 @@ def load_judge(
 
 def run_judge(
     judge:Judge,
-    x_NCHW
-)->dict: # part -> [N, D]
+    x_NCHW # from `picture_tensor` or `sound_tensor`
+)->dict:   # part -> [N, D]
     "Features, logits of the objects, and logits of every factor"
-    features_ND, logits = read(judge, x_NCHW)
+    features_ND, logits = features_and_logits(judge, x_NCHW)
     factors = {f'logits_{factor}': logits_NK for factor, logits_NK in logits.items()}
     return dict(features=features_ND, logits=logits['object'], **factors)
 
 def run_picture_judge(judge, images)->dict:
+    "As `run_judge`, of N pictures"
     return run_judge(judge, picture_tensor(images))
 
 def run_sound_judge(judge, waves)->dict:
+    "As `run_judge`, of N sounds at 16 kHz"
     return run_judge(judge, sound_tensor(waves))
 
 # %% ../../nbs/evaluation/09_outputs.ipynb #a8010005
 def run_cnn14(cnn14, waves)->dict:
-    features_ND, logits_NC = cnn14.listen(waves, RATE)
+    "Features [N, 2048] and logits [N, 527] of N sounds at 16 kHz"
+    features_ND, logits_NC = cnn14.classify(waves, SAMPLE_RATE)
     return dict(features=features_ND, logits=logits_NC)
 
 def run_vggish(vggish, waves)->dict:
-    frames_ED = vggish.embed(waves, RATE)
+    "Frames [N, E, 128] of N equally long sounds at 16 kHz"
+    frames_ED = vggish.embed(waves, SAMPLE_RATE)
     return dict(frames=frames_ED.reshape(len(waves), -1, frames_ED.shape[1]))
 
 def run_clap(clap, waves)->dict:
+    "Embeddings [N, D] of N sounds at the rate of CLAP"
     return dict(embedding=clap.embed_sounds(waves, clap_rate(clap)))
 
 def run_clip(clip, images)->dict:
+    "Embeddings [N, D] of N pictures"
     return dict(embedding=clip.embed_images(images))
 
 # %% ../../nbs/evaluation/09_outputs.ipynb #a8010006
@@ -229,7 +235,7 @@ def run_network_on_files(
     folder = work_folder('sounds', dict(network=name, weights=files_hash(path), resampler=resampler), MODULE)
     kept = {s.sha256: read_outputs(folder, s) for s in sounds}
     missing = list({s.sha256: s for s in sounds if kept[s.sha256] is None}.values())
-    batches = equal_lengths(
+    batches = batch_by_length(
         missing, batch_size, lambda s: (s.sample_rate, s.frames), seconds=lambda s: s.seconds)
     with tqdm(total=len(missing), desc=name, unit='sound', mininterval=2,
               disable=not (progress and missing)) as bar:

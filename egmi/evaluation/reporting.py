@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'CEILING', 'FLOOR', 'TABLE3_PANELS', 'PUBLISHED_PANELS', 'SOURCE', 'SOURCE_ROUND_TRIP',
-           'TARGET_ROUND_TRIP', 'EDIT_ANCHORS', 'TABLE2_PANELS', 'HALVES', 'ANCHORS', 'TABLE1_PANELS', 'DISTANCES',
-           'table3_figure', 'table2_figure', 'table1_figure']
+           'TARGET_ROUND_TRIP', 'TABLE2_ANCHORS', 'TABLE2_PANELS', 'HALVES', 'TABLE1_ANCHORS', 'TABLE1_PANELS',
+           'DISTANCES', 'table3_figure', 'table2_figure', 'table1_figure']
 
 # %% ../../nbs/evaluation/12_reporting.ipynb #6b6d6321
 import matplotlib.pyplot as plt
@@ -167,7 +167,7 @@ def table3_figure(
 SOURCE = 'source, unchanged'
 SOURCE_ROUND_TRIP = 'source, round trip'
 TARGET_ROUND_TRIP = 'target, round trip (ceiling)'
-EDIT_ANCHORS = {SOURCE: 'tab:red', SOURCE_ROUND_TRIP: 'tab:orange', TARGET_ROUND_TRIP: 'tab:green'}
+TABLE2_ANCHORS = {SOURCE: 'tab:red', SOURCE_ROUND_TRIP: 'tab:orange', TARGET_ROUND_TRIP: 'tab:green'}
 TABLE2_PANELS = dict(
     mcd_audio='MCD to the target, dB\nlower is better',
     changed_audio='did the edit happen?\njudge, share of clips',
@@ -182,12 +182,12 @@ def table2_figure(
     "A panel per measure: edits beside sounds that nobody edited, and published values apart from both"
     printed = table[table.published_mcd_audio.notna()]
     measured = table[table.published_mcd_audio.isna()]
-    edits = measured[~measured.system.isin(EDIT_ANCHORS)]
+    edits = measured[~measured.system.isin(TABLE2_ANCHORS)]
     columns = [column for column in TABLE2_PANELS if column in table]
     across = len(columns) + 1
     fig, axs = plt.subplots(1, across, figsize=(2.4 + 1.9 * across, 3), layout='constrained')
     for ax, column in zip(axs, columns):
-        _draw_anchors(ax, measured, column, EDIT_ANCHORS)
+        _draw_anchors(ax, measured, column, TABLE2_ANCHORS)
         _draw_measured(ax, edits, column)
         _label_panel(ax, edits, TABLE2_PANELS[column])
     for ax in axs[1:-1]:
@@ -200,7 +200,7 @@ def table2_figure(
 
 # %% ../../nbs/evaluation/12_reporting.ipynb #126c9d1b
 HALVES = 'ground truth, halves'
-ANCHORS = {
+TABLE1_ANCHORS = {
     'ground truth': 'tab:green',
     HALVES: 'black',
     'other recordings': 'tab:olive',
@@ -236,7 +236,7 @@ def table1_figure(
     printed = table[table.kind == 'published']
     measured = table[table.kind != 'published']
     measured = measured.drop(columns='is_audio_sd', errors='ignore') # over parts of the set, no interval
-    systems = measured[~measured.system.isin(ANCHORS)]
+    systems = measured[~measured.system.isin(TABLE1_ANCHORS)]
     corpus = measured.corpus.iloc[0]
     comparable = corpus == 'AudioCaps' and 'cnn14' in measured.classifier.iloc[0]
     columns = [column for column in TABLE1_PANELS if column in measured]
@@ -249,7 +249,7 @@ def table1_figure(
         title = TABLE1_PANELS[column]
         if f'{column}_low' not in measured:
             title += '\nno interval'
-        _draw_anchors(above, measured, column, ANCHORS)
+        _draw_anchors(above, measured, column, TABLE1_ANCHORS)
         _draw_measured(above, systems, column)
         _label_panel(above, systems, title)
         if column in DISTANCES:

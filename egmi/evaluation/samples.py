@@ -41,6 +41,7 @@ def generate_part(
     audio = audioldm.generate(conditions.audio, generator=noise(), **options)
     return dict(images=np.stack(images), audio=audio, sample_rate=audioldm.vocoder.config.sampling_rate)
 
+# %% ../../nbs/evaluation/08_samples.ipynb #1b25f62c
 def generate_samples(
     conditions:Conditions,      # N rows
     stable_diffusion,           # StableDiffusion

@@ -77,7 +77,7 @@ def factor_columns(
     scenes:list,  # N Toybox scenes that were described
     modality:str  # image or audio
 )->dict:          # {factor}_{modality} -> 1 or 0 [N]
-    "Which factors the judge reads as they should be"
+    "Which factors the judge classifies as they were described"
     logits = {}
     for part, logits_NK in outputs.items():
         if part.startswith('logits_'):

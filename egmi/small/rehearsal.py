@@ -20,8 +20,8 @@ import torch
 
 from ..base.config import Preset, get_preset
 from ..base.files import check_files, check_space, read_or_make, replacing, write_json, write_table
+from ..base.work import work_folder
 from ..evaluation.checks import check_memory, run_checks
-from ..evaluation.experiment import work_folder
 from ..frozen.weights import sources_of
 from .publishing import write_manifest
 from egmi.small.random_weights import (
