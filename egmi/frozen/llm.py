@@ -152,7 +152,11 @@ def check_llm(
     tokenizer, # its tokenizer
     source     # where both come from, for the error
 ):
-    "Raise a ValueError if the weights are a difference to another LLM's, or tokens have no embedding"
+    "Raise a ValueError if it is no Llama, if it is a difference to another LLM, or tokens have no embedding"
+    from transformers import LlamaForCausalLM
+    if not isinstance(llm, LlamaForCausalLM):
+        raise ValueError(f'{source} holds a {type(llm).__name__}, and only a LlamaForCausalLM can be used: '
+                         'give a Llama, such as Vicuna or SmolLM2')
     gains_D = dict(llm.named_parameters()).get('model.norm.weight')
     if gains_D is not None and is_difference(gains_D):
         raise ValueError(f'{source} holds the difference of an LLM to LLaMA, no LLM '
