@@ -6,7 +6,7 @@
 __all__ = ['ADVICE', 'DIFFERENCES', 'RESTORE', 'BadFile', 'bad_file', 'opened', 'list_files', 'plain_spelling',
            'spelling_differences', 'describe_twins', 'explain_mismatch', 'discard', 'clear_leftovers', 'usual_mode',
            'replacing', 'jsonable', 'write_json', 'write_table', 'is_machine_error', 'read_kept', 'read_or_make',
-           'read_arrays', 'map_rows', 'made_once', 'file_hash', 'check_files', 'check_space']
+           'read_arrays', 'write_arrays', 'map_rows', 'made_once', 'file_hash', 'check_files', 'check_space']
 
 # %% ../../nbs/base/01_files.ipynb #e94f7c87
 from contextlib import contextmanager, suppress
@@ -267,6 +267,14 @@ def read_arrays(
         raise ValueError(f'wrong checksum of {damaged}')
     return np.load(path)
 
+def write_arrays(
+    path,       # of the file
+    arrays:dict # name -> array
+):
+    "Write an `.npz` file, complete or not at all"
+    with replacing(path) as beside, open(beside, 'wb') as f:
+        np.savez(f, **arrays)
+
 def map_rows(
     path:Path
 )->np.ndarray:
@@ -285,9 +293,7 @@ def made_once(
 ):        # name -> array
     "Arrays from a file, made and written whole if there is none, or a damaged one"
     def write(path):
-        arrays = make()
-        with replacing(path) as beside, open(beside, 'wb') as f:
-            np.savez(f, **arrays)
+        write_arrays(path, make())
     return read_or_make(path, read_arrays, write)
 
 # %% ../../nbs/base/01_files.ipynb #5e0f6ec5

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from ..base.audio import SAMPLE_RATE, as_wave, resample
 from ..base.audio_files import read_audio
 from ..base.config import Preset, component_path
-from ..base.files import file_hash, read_arrays, read_kept, replacing
+from ..base.files import file_hash, read_arrays, read_kept, write_arrays
 from ..base.work import work_folder
 from .encoders import load_clap, load_clip
 from .judge import Judge, features_and_logits, picture_tensor, sound_tensor
@@ -208,8 +208,7 @@ def run_batch(
         if not all(np.isfinite(values).all() for values in parts.values()):
             raise ValueError(f'{type(model).__name__} gives NaN or infinite values for {sound.file}: '
                              'its weights may be damaged')
-        with replacing(folder/f'{sound.sha256}.npz') as beside, open(beside, 'wb') as f:
-            np.savez(f, **parts)
+        write_arrays(folder/f'{sound.sha256}.npz', parts)
 
 def read_outputs(
     folder:Path, # of the outputs
