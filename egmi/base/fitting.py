@@ -113,7 +113,8 @@ def save_training_state(
     module:nn.Module,
     optimizer,
     config:FitConfig,
-    losses:list[float]  # of the steps so far
+    losses:list[float], # of the steps so far
+    data:str=''         # name of what it is trained on
 ):
     "Write a checkpoint, its sha256 in front, whole or not at all"
     state = dict(
@@ -121,6 +122,7 @@ def save_training_state(
         optimizer=optimizer.state_dict(),
         config=asdict(config),
         losses=losses,
+        data=data,
     )
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -144,8 +146,9 @@ def load_training_state(
     path:Path,        # checkpoint; need not be there
     module:nn.Module, # receives its weights
     optimizer,        # receives its state
-    config:FitConfig, # must be that of the checkpoint
-    device
+    config:FitConfig, # must be that of the checkpoint, as must be
+    device,           # torch device
+    data:str=''       # the name of what it is trained on
 )->list[float]:       # the losses so far; empty without a whole checkpoint
     "Restore module and optimizer; a ValueError if the checkpoint is of another training"
     data = read_kept(path, read_training_state)
@@ -155,6 +158,8 @@ def load_training_state(
     differ = [name for name, value in asdict(config).items() if saved['config'].get(name) != value]
     if tensor_shapes(saved['module']) != tensor_shapes(module.state_dict()):
         differ.append('model')
+    if saved['data'] != data:
+        differ.append('corpus')
     if differ:
         raise ValueError(f'checkpoint {path} was made with another {", ".join(differ)}: '
                          'delete it or choose another folder')
@@ -195,19 +200,22 @@ class Training:
         module:nn.Module,     # its parameters with requires_grad are trained
         config:FitConfig,
         checkpoint:Path=None, # file to continue from and to write to
-        desc:str='training'   # its name, for errors
+        desc:str='training',  # its name, for errors
+        data:str=''           # a name for what it is trained on
     ):
         require_positive(steps=config.steps, batch_size=config.batch_size, save_every=config.save_every)
         self.module = module
         self.config = config
         self.checkpoint = checkpoint and Path(checkpoint)
         self.desc = desc
+        self.data = data
         self.trained = [p for p in module.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(module, config)
         self.losses = []
         if checkpoint:
             device = self.trained[0].device
-            self.losses = load_training_state(self.checkpoint, module, self.optimizer, config, device)
+            self.losses = load_training_state(
+                self.checkpoint, module, self.optimizer, config, device, data)
 
 # %% ../../nbs/base/08_fitting.ipynb #653f2d03
 @patch
@@ -243,7 +251,8 @@ def record(
                 f'lower lr (now {self.config.lr})')
         self.losses.append(loss)
     if self.checkpoint and self.is_due(len(self.losses)):
-        save_training_state(self.checkpoint, self.module, self.optimizer, self.config, self.losses)
+        save_training_state(
+            self.checkpoint, self.module, self.optimizer, self.config, self.losses, self.data)
 
 # %% ../../nbs/base/08_fitting.ipynb #a5df48a7
 def fit(
