@@ -126,9 +126,9 @@ def save_training_state(
     )
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    data = buffer.getvalue()
+    written = buffer.getvalue()
     with replacing(path) as beside:
-        beside.write_bytes(sha256(data).digest() + data)
+        beside.write_bytes(sha256(written).digest() + written)
 
 def read_training_state(
     path:Path
@@ -151,10 +151,10 @@ def load_training_state(
     data:str=''       # the name of what it is trained on
 )->list[float]:       # the losses so far; empty without a whole checkpoint
     "Restore module and optimizer; a ValueError if the checkpoint is of another training"
-    data = read_kept(path, read_training_state)
-    if data is None:
+    state = read_kept(path, read_training_state)
+    if state is None:
         return []
-    saved = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+    saved = torch.load(io.BytesIO(state), map_location=device, weights_only=True)
     differ = [name for name, value in asdict(config).items() if saved['config'].get(name) != value]
     if tensor_shapes(saved['module']) != tensor_shapes(module.state_dict()):
         differ.append('model')
