@@ -6,8 +6,8 @@
 __all__ = ['TOWERS', 'CLIP_MEAN', 'CLIP_STD', 'OTHER_TOWERS', 'TowerConfig', 'ImageBindConfig', 'RepeatFrame', 'Stem',
            'vision_stem', 'audio_stem', 'PositionEmbedding', 'PatchTokens', 'vision_tokens', 'audio_tokens',
            'TextTokens', 'Block', 'Trunk', 'PickClass', 'Normalise', 'LogitScale', 'class_head', 'text_head',
-           'ImageBind', 'eos_positions', 'preprocess_images', 'clip_starts', 'clip_spectrogram', 'spectrogram_input',
-           'preprocess_audio', 'read_official', 'official_config']
+           'ImageBind', 'eos_positions', 'crop_images', 'normalise_pixels', 'preprocess_images', 'clip_starts',
+           'clip_spectrogram', 'spectrogram_input', 'preprocess_audio', 'read_official', 'official_config']
 
 # %% ../../nbs/frozen/01_imagebind.ipynb #44ff7b48
 from collections import Counter, OrderedDict
@@ -241,9 +241,9 @@ class PickClass(nn.Module):
         return h_BLC[:, 0]
 
 class Normalise(nn.Module):
-    "Length 1"
+    "Length 1, in single precision"
     def forward(self, e_BD):
-        return F.normalize(e_BD, dim=-1)
+        return F.normalize(e_BD.float(), dim=-1)
 
 class LogitScale(nn.Module):
     "Inverse temperature, 100 at most"
@@ -306,13 +306,20 @@ class ImageBind(nn.Module):
             audio=nn.Sequential(Normalise(), LogitScale(20, learned=False)),
             text=nn.Sequential(Normalise(), LogitScale(1 / .07, learned=True))))
 
+# %% ../../nbs/frozen/01_imagebind.ipynb #8711ea5d
+@patch(as_prop=True)
+def dtype(self:ImageBind)->torch.dtype:
+    "Precision of the towers"
+    return next(self.modality_trunks.parameters()).dtype
+
 # %% ../../nbs/frozen/01_imagebind.ipynb #dfc0a3ec
 @patch
 def encode_image(
     self:ImageBind,
     x_B3HW:torch.Tensor # pictures from `preprocess_images`
-)->torch.Tensor:        # [B, D], length 1
+)->torch.Tensor:        # [B, D] float32, length 1
     "Embed pictures"
+    x_B3HW = x_B3HW.to(self.dtype)
     h_BLC = self.modality_trunks.vision(self.modality_preprocessors.vision(x_B3HW))
     return self.modality_postprocessors.vision(self.modality_heads.vision(h_BLC))
 
@@ -322,9 +329,9 @@ def encode_audio(
     self:ImageBind,
     x_BNKFT:torch.Tensor, # clips from `preprocess_audio`
     scaled:bool=False     # multiply by 20, as official ImageBind does and PandaGPT doesn't
-)->torch.Tensor:          # [B, D], mean over the clips' unit vectors
+)->torch.Tensor:          # [B, D] float32, mean over the clips' unit vectors
     "Embed sounds"
-    clips_BKFT = x_BNKFT.flatten(0, 1)
+    clips_BKFT = x_BNKFT.to(self.dtype).flatten(0, 1)
     h_BLC = self.modality_trunks.audio(self.modality_preprocessors.audio(clips_BKFT))
     post = self.modality_postprocessors.audio
     if not scaled:
@@ -354,7 +361,7 @@ def encode_text(
     self:ImageBind,
     ids_BT:torch.Tensor, # token ids, padded to `config.context`
     scaled:bool=False    # multiply by the learned inverse temperature, as official ImageBind does
-)->torch.Tensor:         # [B, D], length 1 if not scaled
+)->torch.Tensor:         # [B, D] float32, length 1 if not scaled
     "Embed texts"
     tokens = self.modality_preprocessors.text
     ends_B = eos_positions(ids_BT, self.config)
@@ -365,20 +372,32 @@ def encode_text(
     return post(e_BD) if scaled else post[0](e_BD)
 
 # %% ../../nbs/frozen/01_imagebind.ipynb #aaa3e26b
+def crop_images(
+    images:list,            # pictures of any size that `as_rgb` takes
+    config:ImageBindConfig  # gives `image_size`
+)->torch.Tensor:            # [B, 3, H, W] uint8
+    "The middle of each picture, in the size of the model"
+    transform = transforms.Compose([
+        transforms.Resize(config.image_size, transforms.InterpolationMode.BICUBIC),
+        transforms.CenterCrop(config.image_size),
+        transforms.PILToTensor()])
+    return torch.stack([transform(as_rgb(image)) for image in images])
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+def normalise_pixels(
+    pixels_B3HW:torch.Tensor # uint8
+)->torch.Tensor:             # [B, 3, H, W] float32
+    "Pixels with CLIP's statistics, on the device where they are"
+    return transforms.functional.normalize(pixels_B3HW / 255, CLIP_MEAN, CLIP_STD)
 
 def preprocess_images(
     images:list,            # pictures of any size that `as_rgb` takes
     config:ImageBindConfig  # gives `image_size`
 )->torch.Tensor:            # [B, 3, H, W]
     "Pictures as `encode_image` takes them"
-    transform = transforms.Compose([
-        transforms.Resize(config.image_size, transforms.InterpolationMode.BICUBIC),
-        transforms.CenterCrop(config.image_size),
-        transforms.ToTensor(),
-        transforms.Normalize(CLIP_MEAN, CLIP_STD)])
-    return torch.stack([transform(as_rgb(image)) for image in images])
+    return normalise_pixels(crop_images(images, config))
 
 # %% ../../nbs/frozen/01_imagebind.ipynb #84e447fc
 def clip_starts(
@@ -436,15 +455,19 @@ def preprocess_audio(
 @patch(cls_method=True)
 def from_state(
     cls:ImageBind,
-    config:ImageBindConfig, # sizes
-    state:dict,             # parameter name -> tensor, in any precision
-    source                  # where `state` comes from, for errors
+    config:ImageBindConfig,         # sizes
+    state:dict,                     # parameter name -> tensor, in any precision
+    source,                         # where `state` comes from, for errors
+    dtype:torch.dtype=torch.float32 # precision of the towers; the temperatures stay in float32
 )->ImageBind:
-    "A float32 model for inference with these weights, made without initialising it first"
+    "A model for inference with these weights, made without initialising it first"
     with torch.device('meta'):
         model = cls(config)
     load_strictly(model, state, source)
-    return model.float().eval()
+    for part in (model.modality_preprocessors, model.modality_trunks, model.modality_heads):
+        part.to(dtype)
+    model.modality_postprocessors.float()
+    return model.eval()
 
 # %% ../../nbs/frozen/01_imagebind.ipynb #a5640c05
 @patch
@@ -463,14 +486,16 @@ def save_pretrained(
 @patch(cls_method=True)
 def from_pretrained(
     cls:ImageBind,
-    folder # with `config.json` and `model.safetensors`, or the official `imagebind_huge.pth`
+    folder,                         # with `config.json` and `model.safetensors`, or `imagebind_huge.pth`
+    dtype:torch.dtype=torch.float32 # precision of the towers
 )->ImageBind:
     "Load what `save_pretrained` wrote, or the official checkpoint"
     folder = Path(folder)
     if folder.suffix == '.pth':
-        return cls.from_official(folder)
+        return cls.from_official(folder, dtype=dtype)
     config = ImageBindConfig.from_dict(json.loads((folder/'config.json').read_text()))
-    return cls.from_state(config, read_tensors(folder/'model.safetensors'), folder)
+    state = read_tensors(folder/'model.safetensors')
+    return cls.from_state(config, state, folder, dtype)
 
 # %% ../../nbs/frozen/01_imagebind.ipynb #5081e3f6
 OTHER_TOWERS = ('depth', 'thermal', 'imu')
@@ -512,12 +537,13 @@ def official_config(
 @patch(cls_method=True)
 def from_official(
     cls:ImageBind,
-    path,                       # `imagebind_huge.pth`
-    config:ImageBindConfig=None # sizes; None takes them from the tensors
+    path,                           # `imagebind_huge.pth`
+    config:ImageBindConfig=None,    # sizes; None takes them from the tensors
+    dtype:torch.dtype=torch.float32 # precision of the towers
 )->ImageBind:
     "Load an official checkpoint"
     if not Path(path).is_file():
         raise FileNotFoundError(f'there is no file {path}: '
                                 '`egmi-weights paper` says how to get it, and where it must lie')
     state, _ = read_official(path)
-    return cls.from_state(config or official_config(state), state, path)
+    return cls.from_state(config or official_config(state), state, path, dtype)
