@@ -28,7 +28,8 @@ from .base.images import as_rgb
 from .base.loading import load_strictly, read_tensors
 from .frozen.pandagpt import PandaGPT, QUESTION
 from .mapper import BASELINES, MAPPERS, Conditions, MapperConfig
-from .training import Conditioner, cache_prefixes, make_conditioner, predict_conditions
+from .training import (
+    ComputedPrefixes, Conditioner, Prompts, make_conditioner, predict_conditions)
 
 # %% ../nbs/paper/05_model.ipynb #82f39620
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def prompts(
     audio=None,      # one waveform or many
     sample_rate=None # of `audio`, Hz
 )->tuple:            # B texts; for each the features [n, d_imagebind] of its media, or None
-    "Prompts as `cache_prefixes` takes them"
+    "Prompts as `predict` and `PandaGPT.generate_text` take them"
     text = one_or_many(text, 'text', is_one_text, as_text)
     images = one_or_many(images, 'images', is_one_picture, as_rgb)
     audio = one_or_many(audio, 'audio', is_one_sound, as_wave)
@@ -155,11 +156,11 @@ def prompts(
 def predict(
     self:EGMI,
     texts:list,        # B prompts, as `prompts` returns them
-    features:list,     # and the features of their media
-    progress:bool=True # show a bar
+    features:list      # and the features of their media
 )->Conditions:         # B rows, on the CPU
     "Run the LLM and the mapper"
-    prefixes = cache_prefixes(self.panda, texts, features, progress=progress)
+    features_BMD = None if features[0] is None else torch.stack(features)
+    prefixes = ComputedPrefixes(self.panda, Prompts(texts, features_BMD))
     return predict_conditions(self.conditioner, self.panda, prefixes)
 
 @patch
@@ -172,7 +173,7 @@ def conditions(
 )->Conditions:       # B rows, on the CPU
     "What the mapper predicts for both generators"
     texts, features = self.prompts(text, images, audio, sample_rate)
-    return self.predict(texts, features, progress=False)
+    return self.predict(texts, features)
 
 # %% ../nbs/paper/05_model.ipynb #ed5c2b71
 def check_outputs(
@@ -243,7 +244,7 @@ def generate(
         questions = [text or QUESTION for text in texts]
         answers = self.panda.generate_text(questions, features, max_new_tokens)
 
-    conditions = self.predict(texts, features, progress)
+    conditions = self.predict(texts, features)
     if 'image' in outputs and conditions.image is None:
         kind = type(self.conditioner.mapper).__name__
         raise ValueError(f'{kind} makes no pictures: leave image out of outputs')
@@ -374,7 +375,9 @@ def load_panda(
 )->PandaGPT:
     "The frozen multimodal LLM of a preset"
     dtype = pick_dtype(preset.llm_dtype, device)
-    return PandaGPT.from_pretrained(preset.llm, preset.imagebind, preset.pandagpt, dtype, device)
+    imagebind_dtype = pick_dtype(preset.imagebind_dtype, device)
+    return PandaGPT.from_pretrained(
+        preset.llm, preset.imagebind, preset.pandagpt, dtype, device, imagebind_dtype)
 
 def load_generators(
     preset,       # `Preset`

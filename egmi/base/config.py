@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'CACHE', 'MINI', 'PAPER', 'PRESETS', 'folder_from', 'cache_dir', 'weights_dir', 'hub_dir', 'Preset',
-           'get_preset', 'snapshot_path', 'component_path', 'best_device', 'pick_device', 'pick_dtype']
+           'get_preset', 'snapshot_path', 'component_path', 'best_device', 'pick_device', 'multiplies_bfloat16',
+           'pick_dtype']
 
 # %% ../../nbs/base/03_config.ipynb #e3d8390d
 from dataclasses import dataclass, field
@@ -59,13 +60,13 @@ class Preset:
     judge:str|None = None # classifies factors, where the data have any
     classifiers:dict = field(default_factory=dict) # network of `egmi.evaluation.outputs` -> its weights
     llm_dtype:str = 'float32'       # of the LLM and the projection into it, as `pick_dtype` takes it
+    imagebind_dtype:str = 'float32' # of ImageBind, likewise
     generator_dtype:str = 'float32' # of Stable Diffusion and AudioLDM, likewise
     mapper:dict = field(default_factory=dict) # fields of `MapperConfig` that differ from its defaults
     guidance_image:float = 7.5
     guidance_audio:float = 2.5
     sampling_steps:int = 50
     seconds:float = 10.   # length of a generated sound
-    target_bytes:int = 2 * (77 * 768 + 512) # on disk, of one caption's outputs of the text encoders
     picture_bytes:int = 3 * 512**2          # on disk, of a generated picture
     toybox:bool = False   # Toybox takes the place of data that are not given
     note:str = ''         # to be said wherever its numbers are shown
@@ -87,7 +88,7 @@ MINI = Preset(
     guidance_audio=4.,
     sampling_steps=12,
     seconds=2.56,
-    target_bytes=2 * (32 * 128 + 128),
+    llm_dtype='bfloat16',
     picture_bytes=3 * 64**2,
     toybox=True,
 )
@@ -103,7 +104,8 @@ PAPER = Preset(
     clip='openai/clip-vit-large-patch14',
     clap='laion/clap-htsat-unfused',
     classifiers=dict(cnn14='Cnn14_16k_mAP=0.438.pth', vggish='vggish-10086976.pth'),
-    llm_dtype='float16',
+    llm_dtype='bfloat16',
+    imagebind_dtype='float16',
     generator_dtype='float16',
 )
 
@@ -173,12 +175,21 @@ def pick_device(
         raise ValueError(f'device {name!r} is not available here: use {usable}') from e
 
 # %% ../../nbs/base/03_config.ipynb #e20d9b64
+def multiplies_bfloat16()->bool:
+    "Whether this CPU multiplies matrices of bfloat16 in hardware"
+    import torch
+    if not hasattr(torch.cpu, 'get_capabilities'): # before PyTorch 2.12
+        return False
+    return bool(torch.cpu.get_capabilities().get('amx_bf16'))
+
 def pick_dtype(
     name:str, # `float16`, `bfloat16` or `float32`, as a preset has it
     device    # torch device, or its name
 ):            # torch.dtype
     "The precision that a frozen part has on a device"
     import torch
-    if torch.device(device).type == 'cpu':
-        return torch.float32
-    return getattr(torch, name)
+    if torch.device(device).type != 'cpu':
+        return getattr(torch, name)
+    if name == 'bfloat16' and multiplies_bfloat16():
+        return torch.bfloat16
+    return torch.float32

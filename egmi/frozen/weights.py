@@ -82,7 +82,7 @@ SOURCES = (
                'with {}/vicuna-7b-v0 as the last DIR'),
     Source('projection and LoRA', PAPER.pandagpt, .08, 'CC BY-NC 4.0', 4_198_400, 'llm_dtype',
            files=('pytorch_model.pt',)),
-    Source('ImageBind', PAPER.imagebind, 4.8, 'CC BY-NC 4.0', 1_073_097_729,
+    Source('ImageBind', PAPER.imagebind, 4.8, 'CC BY-NC 4.0', 1_073_097_729, 'imagebind_dtype',
            url='https://dl.fbaipublicfiles.com/imagebind/imagebind_huge.pth', bytes=4_803_584_173,
            sha256='d6f6c22bedcc90708448d5d2fbb7b2db9c73f505dc89bd0b2e09b23af1b62157'),
     Source('Stable Diffusion', PAPER.stable_diffusion, 4.3, 'CreativeML OpenRAIL-M', 1_066_235_307,
