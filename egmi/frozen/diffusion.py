@@ -312,7 +312,7 @@ def sample(
         predict = guided(self._predict, given, unconditional, guidance_scale)
         clean = denoise(predict, self.scheduler, pick(latents, rows), steps, own, after_step,
                         pick(source, rows), strength, pick(mask, rows))
-        self._require_finite(clean, 'the latents of sample', rows.start)
+        self._require_finite(clean, 'denoised sample', rows.start)
         return clean
 
     name = type(self).__name__
