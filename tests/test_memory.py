@@ -7,8 +7,10 @@ import pytest
 import torch
 
 import egmi.training
+from egmi.evaluation.samples import generate_samples
 from egmi.frozen.diffusion import generators_for
 from egmi.frozen.prefix import run_prefix, run_tail
+from egmi.mapper import Conditions
 from egmi.model import load_generators, load_panda, mapper_config
 from egmi.small.random_weights import TINY, random_preset, weight_variables, write_weights
 from egmi.training import cache_prefixes, make_conditioner, predict_conditions
@@ -78,6 +80,7 @@ def test_conditions(parts, monkeypatch):
 def running_out(generator, function, most, monkeypatch):
     "The sizes that are asked of a function of a generator, which has memory for `most` rows."
     asked = []
+    monkeypatch.setattr(generator, 'fitted', {})
     monkeypatch.setattr(generator, function, holding(most, getattr(generator, function), asked))
     return asked
 
@@ -102,20 +105,39 @@ def generate(generator):
     return np.stack(made).astype(float)
 
 
-@pytest.mark.parametrize('function, most', [('_predict', 4), ('decode', 2)])
+@pytest.mark.parametrize('function, most', [('_predict', 4), ('_decode', 2)])
 @pytest.mark.parametrize('which, tolerance', [(2, 1), (3, 1e-3)], ids=['image', 'audio'])
 def test_samples(which, tolerance, function, most, parts, monkeypatch):
+    "Memory runs out once in the life of a generator, and nothing is denoised again for what is decoded."
     generator = parts[which]
     wanted = generate(generator)
-    running_out(generator, function, most, monkeypatch)
+    asked = running_out(generator, function, most, monkeypatch)
+    steps = running_out(generator, '_predict', 99, monkeypatch)
     with pytest.warns(UserWarning) as said:
-        found = generate(generator)
+        found = [generate(generator) for _ in range(2)]
     name = type(generator).__name__
-    assert [str(w.message) for w in said] == [f'{name}: out of memory with 5 at once, going on with 2']
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance)
+    work = {'_predict': name, '_decode': f'{name}, decoding'}[function]
+    assert [str(w.message) for w in said] == [f'{work}: out of memory with 5 at once, going on with 2']
+    assert [n for n in asked if n > most] == asked[:1]
+    if function == '_decode':
+        assert asked == [5, 2, 2, 1, 2, 2, 1]
+        assert steps == [10] * 4 # guidance asks for each of the five twice
+    for made in found:
+        np.testing.assert_allclose(made, wanted, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize('function', ['encode_audio', '_predict', 'decode'])
+def test_parts_begin_with_what_fitted(parts, monkeypatch, tmp_path):
+    _, _, *generators = parts
+    conditions = Conditions(*[generator.encode_captions(TEXTS) for generator in generators])
+    for generator in generators:
+        running_out(generator, '_predict', 2, monkeypatch)
+    with pytest.warns(UserWarning) as said:
+        generate_samples(conditions, *generators, tmp_path/'made', steps=2, part_size=2, progress=False)
+    assert [str(w.message) for w in said] == [
+        f'{name}: out of memory with 2 at once, going on with 1' for name in ('StableDiffusion', 'AudioLDM')]
+
+
+@pytest.mark.parametrize('function', ['encode_audio', '_predict', '_decode'])
 def test_edits(function, parts, monkeypatch):
     audioldm = parts[3]
     condition = audioldm.encode_captions(TEXTS[:3])

@@ -53,7 +53,7 @@ def generate_samples(
     part_size:int=256,          # rows a file
     progress:bool=True          # show bars
 )->Samples:
-    "A picture and a sound for each row of conditions"
+    "A picture and a sound for each row of conditions; FloatingPointError if one is not finite"
     require_positive(part_size=part_size)
     if conditions.image is None:
         raise ValueError('these conditions have no image half, as those of a GILL-style mapper: '
@@ -64,6 +64,9 @@ def generate_samples(
         make = partial(
             generate_part, conditions[start:stop], stable_diffusion, audioldm, seed + start,
             steps=steps, batch_size=batch_size, progress=progress)
-        saved.append(made_once(f'{path}-{start}-{stop}.npz', make))
+        try:
+            saved.append(made_once(f'{path}-{start}-{stop}.npz', make))
+        except FloatingPointError as e:
+            raise FloatingPointError(f'{e} (counted from row {start} of {path})') from e
     images, audio = (np.concatenate([part[name] for part in saved]) for name in ('images', 'audio'))
     return Samples(images, audio, int(saved[0]['sample_rate']))

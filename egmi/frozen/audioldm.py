@@ -42,6 +42,7 @@ class AudioLDM(LatentDiffusion):
     "Sounds from CLAP text embeddings"
     classes = dict(tokenizer=RobertaTokenizer, text_encoder=ClapTextModelWithProjection,
                    **LatentDiffusion.classes, vocoder=SpeechT5HifiGan)
+    makes = 'sound'
     prefix = 'The sound of'
     padding = 'longest'
     guidance_scale = 2.5
@@ -89,12 +90,13 @@ def _embed(
 @patch
 def _predict(
     self:AudioLDM,
-    latents,  # [B, V, t, f]
+    latents,  # [B, V, t, f], float32
     t,        # timestep
-    condition # [B, C]
-):            # [B, V, t, f]
+    condition # [B, C], in the UNet's dtype
+):            # [B, V, t, f], float32
     "The noise in the latents"
-    return self.unet(latents, t, encoder_hidden_states=None, class_labels=condition).sample
+    latents = latents.to(condition.dtype)
+    return self.unet(latents, t, encoder_hidden_states=None, class_labels=condition).sample.float()
 
 # %% ../../nbs/frozen/08_audioldm.ipynb #f960a179
 @patch
@@ -105,19 +107,27 @@ def encode_audio(
 )->torch.Tensor:         # latents [B, V, T/(160 factor), 64/factor], ready for `sample` or `decode`
     "Latents of recorded sounds"
     wave_BT = F.pad(wave_BT, (0, -wave_BT.shape[-1] % (HOP * self.factor)))
-    mel_B1TF = log_mel(wave_BT.to(self.device)).to(self.dtype)
+    mel_B1TF = log_mel(wave_BT.to(self.device)).to(self.vae.dtype)
     return self.vae.encode(mel_B1TF).latent_dist.mode() * self.vae.config.scaling_factor
 
 # %% ../../nbs/frozen/08_audioldm.ipynb #43b03430
 @patch
-@torch.no_grad()
+def _decode(
+    self:AudioLDM,
+    latents # [B, V, t, f], in the VAE's dtype
+):          # wave_BT
+    "The vocoder's waves of the VAE's spectrograms"
+    mel_B1TF = self.vae.decode(1 / self.vae.config.scaling_factor * latents).sample
+    return self.vocoder(mel_B1TF.squeeze(1).to(self.vocoder.dtype))
+
+@patch
 def decode(
     self:AudioLDM,
-    latents          # [B, V, t, f]
-)->torch.Tensor:     # wave_BT, float32, on the CPU
+    latents,          # [B, V, t, f]
+    batch_size:int=16 # sounds at once, fewer where memory runs out
+)->torch.Tensor:      # wave_BT, float32, on the CPU
     "Waves of latents"
-    mel_B1TF = self.vae.decode(1 / self.vae.config.scaling_factor * latents).sample
-    return self.vocoder(mel_B1TF.squeeze(1)).float().cpu()
+    return torch.cat(self.decode_batches(latents, torch.Tensor.cpu, batch_size))
 
 # %% ../../nbs/frozen/08_audioldm.ipynb #13e41e4b
 @patch
@@ -144,13 +154,9 @@ def generate(
     shape = (self.unet.config.in_channels, frames, config.model_in_dim // self.factor)
     if normalize:
         clap_BC = F.normalize(clap_BC, dim=-1)
-
-    def decode(latents):
-        return self.decode(latents)[:, :samples]
-
-    batches = self.sample(clap_BC, shape, generator, latents, steps, guidance_scale,
-                          batch_size, progress, finish=decode)
-    return torch.cat(batches).numpy()
+    latents = self.sample(
+        clap_BC, shape, generator, latents, steps, guidance_scale, batch_size, progress)
+    return self.decode(latents, batch_size)[:, :samples].numpy()
 
 # %% ../../nbs/frozen/08_audioldm.ipynb #5e27b3c3
 def to_half_peak(
@@ -236,16 +242,15 @@ def edit(
     def encode(rows):
         return self.encode_audio(half_BT[rows])
 
-    source = torch.cat(in_batches(encode, len(sounds), batch_size, 'sources', progress=False))
+    batches = in_batches(
+        encode, len(sounds), batch_size, 'sources', progress=False, fitted=self.fitted)
+    source = torch.cat(batches)
     mask = None
     if spans is not None:
         mask = span_mask(spans, source.shape[2], SAMPLE_RATE / (HOP * self.factor))
     if normalize:
         clap_BC = F.normalize(clap_BC, dim=-1)
-
-    def decode(latents):
-        return self.decode(latents)[:, :wave_BT.shape[1]]
-
-    batches = self.sample(clap_BC, source.shape[1:], generator, latents, steps, guidance_scale,
-                          batch_size, progress, source, strength, mask, decode)
-    return (torch.cat(batches) * level_B1).numpy()
+    latents = self.sample(clap_BC, source.shape[1:], generator, latents, steps, guidance_scale,
+                          batch_size, progress, source, strength, mask)
+    edited_BT = self.decode(latents, batch_size)[:, :wave_BT.shape[1]]
+    return (edited_BT * level_B1).numpy()

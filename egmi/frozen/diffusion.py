@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['remaining_timesteps', 'add_noise', 'denoise', 'guided', 'generators_for', 'check_source', 'LatentDiffusion',
-           'StableDiffusion']
+           'first_infinite', 'StableDiffusion', 'to_pictures']
 
 # %% ../../nbs/frozen/07_diffusion.ipynb #84c19f62
 import inspect
+import warnings
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
@@ -131,6 +132,7 @@ def check_source(
 class LatentDiffusion:
     "A frozen text encoder, UNet, VAE and scheduler: what Stable Diffusion and AudioLDM have in common"
     classes = dict(unet=UNet2DConditionModel, vae=AutoencoderKL)
+    makes: str            # what a sample is, for errors
     prefix: str           # of every caption
     padding: str          # of the tokens, as the tokenizer takes it
     steps = 50            # denoising steps of a generation
@@ -151,6 +153,7 @@ class LatentDiffusion:
         self.scheduler = scheduler
         for model in (text_encoder, unet, vae):
             model.eval().requires_grad_(False)
+        self.fitted = {} # rows at once since memory ran out, as `in_batches` keeps them
         self.factor = 2**(len(vae.config.block_out_channels) - 1)
 
     @cached_property
@@ -189,13 +192,15 @@ def from_pretrained(
         config = DDIMScheduler.load_config(source, subfolder='scheduler')
         kind = getattr(diffusers, config['_class_name'])
     parts = dict(scheduler=load_part(kind, source, subfolder='scheduler'))
+    on_gpu = torch.device(device).type == 'cuda'
+    layout = torch.channels_last if on_gpu else torch.contiguous_format
     for name, kind in cls.classes.items():
         if name == 'tokenizer':
             parts[name] = load_part(kind, source, subfolder=name)
             continue
         options = unet_options if name == 'unet' else {}
         model = load_whole(kind, source, subfolder=name, dtype=dtype, **options)
-        parts[name] = model.to(device)
+        parts[name] = model.to(device, memory_format=layout)
     return cls(**parts)
 
 # %% ../../nbs/frozen/07_diffusion.ipynb #fb525776
@@ -216,7 +221,9 @@ def encode_text(
             truncation=True, return_tensors='pt').to(self.device)
         return self._embed(tokens.input_ids, tokens.attention_mask)
 
-    return torch.cat(in_batches(embed, len(captions), batch_size, 'captions', progress=False))
+    batches = in_batches(
+        embed, len(captions), batch_size, 'captions', progress=False, fitted=self.fitted)
+    return torch.cat(batches)
 
 @patch
 def encode_captions(
@@ -229,6 +236,13 @@ def encode_captions(
     return self.encode_text([f'{self.prefix} {caption}' for caption in captions], batch_size)
 
 # %% ../../nbs/frozen/07_diffusion.ipynb #30c22443
+def first_infinite(
+    x # [B, ...]
+):    # number of the first row that holds a NaN or an infinity; None without one
+    "The first row that is not finite"
+    finite_B = x.isfinite().flatten(1).all(1).tolist()
+    return finite_B.index(False) if False in finite_B else None
+
 @patch
 def _check(self:LatentDiffusion, condition, shape, generator, latents):
     "ValueError unless every sample has an embedding, a generator and noise as they should be"
@@ -238,10 +252,26 @@ def _check(self:LatentDiffusion, condition, shape, generator, latents):
     if tuple(condition.shape[1:]) != self.condition_shape:
         raise ValueError(f'the embeddings have shape {[*condition.shape]}, '
                          f'expected {["B", *self.condition_shape]}')
+    infinite = first_infinite(condition)
+    if infinite is not None:
+        raise ValueError(f'embedding {infinite} is not finite')
     if generator is not None and len(generator) != n:
         raise ValueError(f'{len(generator)} generators for {n} samples: give one each')
     if latents is not None and latents.shape != (n, *shape):
         raise ValueError(f'latents have shape {[*latents.shape]}, expected {[n, *shape]}')
+
+# %% ../../nbs/frozen/07_diffusion.ipynb #aae5f51d
+@patch
+def _require_finite(self:LatentDiffusion, x, what, first):
+    "FloatingPointError that names the first row of a batch that is not finite; `first` is its first row"
+    infinite = first_infinite(x)
+    if infinite is None:
+        return
+    advice = 'the weights are damaged or the embedding is far too large'
+    if self.dtype == torch.float16:
+        advice = 'load the generators in float32 or bfloat16'
+    raise FloatingPointError(
+        f'{type(self).__name__}: {what} {first + infinite} is not finite in {self.dtype}: {advice}')
 
 # %% ../../nbs/frozen/07_diffusion.ipynb #70c58138
 @patch
@@ -257,9 +287,8 @@ def sample(
     progress:bool=True,        # show a bar
     source=None,               # [B, *shape] clean latents to edit
     strength:float=1.,         # as `denoise` takes it
-    mask=None,                 # [B, ...] as `denoise` takes it
-    finish=None                # clean latents of a batch -> what is wanted of them; None is the latents
-)->list:                       # one result a batch
+    mask=None                  # [B, ...] as `denoise` takes it
+)->torch.Tensor:               # [B, *shape], float32: clean latents
     "Denoise all rows, batch by batch"
     steps = ifnone(steps, self.steps)
     guidance_scale = ifnone(guidance_scale, self.guidance_scale)
@@ -268,29 +297,66 @@ def sample(
     self._check(condition, shape, generator, latents)
     n = len(condition)
     if latents is None:
-        latents = randn_tensor((n, *shape), generator=generator, device=self.device, dtype=self.dtype)
+        latents = randn_tensor((n, *shape), generator=generator, dtype=torch.float32)
     steps_taken = int(steps * strength)
+    unconditional = self.unconditional.to(self.device, self.dtype)
 
     def pick(x, rows):
-        return None if x is None else x[rows].to(self.device, self.dtype)
+        return None if x is None else x[rows].to(self.device, torch.float32)
 
     def make(rows):
         bar.n = rows.start * steps_taken # where memory ran out, the batch begins again
         after_step = partial(bar.update, rows.stop - rows.start)
         own = None if generator is None else [g.clone_state() for g in generator[rows]]
-        predict = guided(self._predict, pick(condition, rows), self.unconditional, guidance_scale)
+        given = condition[rows].to(self.device, self.dtype)
+        predict = guided(self._predict, given, unconditional, guidance_scale)
         clean = denoise(predict, self.scheduler, pick(latents, rows), steps, own, after_step,
                         pick(source, rows), strength, pick(mask, rows))
-        return clean if finish is None else finish(clean)
+        self._require_finite(clean, 'denoised sample', rows.start)
+        return clean
 
-    desc = f'{type(self).__name__}, {n} samples'
+    name = type(self).__name__
+    desc = f'{name}, {n} samples'
     with tqdm(total=n * steps_taken, desc=desc, unit='step', mininterval=2, disable=not progress) as bar:
-        return in_batches(make, n, batch_size, type(self).__name__, progress=False)
+        return torch.cat(in_batches(make, n, batch_size, name, progress=False, fitted=self.fitted))
+
+# %% ../../nbs/frozen/07_diffusion.ipynb #83779ca2
+@patch
+def _decode_finite(self:LatentDiffusion, latents):
+    "What latents stand for, in float32; a float16 VAE that overflows is lifted to float32 for good"
+    made = self._decode(latents.to(self.device, self.vae.dtype))
+    may_lift = self.vae.dtype == torch.float16 and self.vae.config.force_upcast
+    if may_lift and first_infinite(made) is not None:
+        name = type(self).__name__
+        warnings.warn(f'{name}: the VAE overflows in float16, going on in float32', stacklevel=2)
+        self.vae.float()
+        return self._decode_finite(latents)
+    return made.float()
+
+@patch
+@torch.no_grad()
+def decode_batches(
+    self:LatentDiffusion,
+    latents,       # [B, V, ...]
+    finish,        # float32, decoded -> what is wanted of a batch
+    batch_size:int # samples at once, fewer where memory runs out
+)->list:           # one result a batch
+    "Decode latents; a FloatingPointError names the first sample that is not finite"
+    require_positive(batch_size=batch_size)
+
+    def run(rows):
+        made = self._decode_finite(latents[rows])
+        self._require_finite(made, self.makes, rows.start)
+        return finish(made)
+
+    name = f'{type(self).__name__}, decoding'
+    return in_batches(run, len(latents), batch_size, name, progress=False, fitted=self.fitted)
 
 # %% ../../nbs/frozen/07_diffusion.ipynb #65d09cad
 class StableDiffusion(LatentDiffusion):
     "Pictures from CLIP text states"
     classes = dict(tokenizer=CLIPTokenizer, text_encoder=CLIPTextModel, **LatentDiffusion.classes)
+    makes = 'picture'
     prefix = 'The image of'
     padding = 'max_length'
     guidance_scale = 7.5
@@ -305,25 +371,38 @@ class StableDiffusion(LatentDiffusion):
 
     def _predict(
         self,
-        latents,  # [B, V, h, w]
+        latents,  # [B, V, h, w], float32
         t,        # timestep
-        condition # [B, L, C]
-    ):            # [B, V, h, w]
+        condition # [B, L, C], in the UNet's dtype
+    ):            # [B, V, h, w], float32
         "The noise in the latents"
-        return self.unet(latents, t, encoder_hidden_states=condition).sample
+        latents = latents.to(condition.dtype)
+        return self.unet(latents, t, encoder_hidden_states=condition).sample.float()
+
+    def _decode(
+        self,
+        latents # [B, V, h, w], in the VAE's dtype
+    ):          # [B, 3, H, W] from -1 to 1
+        "The VAE's pictures"
+        return self.vae.decode(latents / self.vae.config.scaling_factor).sample
 
 # %% ../../nbs/frozen/07_diffusion.ipynb #65d09cae
+def to_pictures(
+    x_BCHW # float32, from -1 to 1
+)->list:   # B PIL pictures
+    "Pictures of what the VAE decodes"
+    x_BCHW = (x_BCHW * .5 + .5).clamp(0, 1)
+    x_BHWC = x_BCHW.permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(x_HWC) for x_HWC in (x_BHWC * 255).round().astype(np.uint8)]
+
 @patch
-@torch.no_grad()
 def decode(
     self:StableDiffusion,
-    latents             # [B, V, h, w]
-)->list:                # B PIL pictures
+    latents,          # [B, V, h, w]
+    batch_size:int=16 # pictures at once, fewer where memory runs out
+)->list:              # B PIL pictures
     "Pictures of latents"
-    x_BCHW = self.vae.decode(latents / self.vae.config.scaling_factor).sample
-    x_BCHW = (x_BCHW * .5 + .5).clamp(0, 1)
-    x_BHWC = x_BCHW.permute(0, 2, 3, 1).float().cpu().numpy()
-    return [Image.fromarray(x_HWC) for x_HWC in (x_BHWC * 255).round().astype(np.uint8)]
+    return list(chain.from_iterable(self.decode_batches(latents, to_pictures, batch_size)))
 
 # %% ../../nbs/frozen/07_diffusion.ipynb #65d09caf
 @patch
@@ -340,6 +419,6 @@ def generate(
     "One PIL picture per row of `clip_BLC`"
     config = self.unet.config
     shape = (config.in_channels, config.sample_size, config.sample_size)
-    batches = self.sample(clip_BLC, shape, generator, latents, steps, guidance_scale,
-                          batch_size, progress, finish=self.decode)
-    return list(chain.from_iterable(batches))
+    latents = self.sample(
+        clip_BLC, shape, generator, latents, steps, guidance_scale, batch_size, progress)
+    return self.decode(latents, batch_size)
