@@ -56,7 +56,7 @@ def through_networks(wave):
 
 
 def through_clap(wave):
-    mels = ClapFeatureExtractor(sampling_rate=RATE, truncation='rand_trunc')
+    mels = ClapFeatureExtractor(sampling_rate=RATE, frequency_max=RATE / 2, truncation='rand_trunc')
     clap = Clap(None, None, mels)
     return clap.prepare(wave, RATE)
 
