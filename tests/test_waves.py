@@ -5,7 +5,6 @@ import struct
 import subprocess
 import sys
 from itertools import product
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ import soundfile
 import soxr
 import torch
 from conftest import ROOT
+from transformers import ClapFeatureExtractor
 
 from egmi.base.audio import resample
 from egmi.base.audio_files import audio_info, check_audio, read_audio, wav_bytes
@@ -56,7 +56,8 @@ def through_networks(wave):
 
 
 def through_clap(wave):
-    clap = Clap(None, None, SimpleNamespace(sampling_rate=RATE, nb_max_samples=10 * RATE))
+    mels = ClapFeatureExtractor(sampling_rate=RATE, frequency_max=RATE / 2, truncation='rand_trunc')
+    clap = Clap(None, None, mels)
     return clap.prepare(wave, RATE)
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEFT_OUT', 'RENAMED', 'HTSAT_TINY', 'embed_in_batches', 'text_vectors', 'TransformersClip', 'OpenClip',
-           'rounded_to_int16', 'Clap', 'from_laion', 'read_laion', 'load_clip', 'load_clap']
+           'rounded_to_int16', 'decibel_mels', 'Clap', 'from_laion', 'read_laion', 'load_clip', 'load_clap']
 
 # %% ../../nbs/evaluation/03_encoders.ipynb #26993e0d
 from pathlib import Path
@@ -136,6 +136,21 @@ def rounded_to_int16(
     samples_T = (np.clip(wave_T, -1, 1) * 32767).astype(np.int16)
     return samples_T.astype(np.float32) / np.float32(32767)
 
+# %% ../../nbs/evaluation/03_encoders.ipynb #c1800012
+def decibel_mels(
+    wave_T:torch.Tensor,      # as long as the model's input
+    mels:ClapFeatureExtractor # its window, hop and filters
+)->torch.Tensor:              # float32 [frames, M], on the wave's device
+    "The extractor's spectrogram, computed in double precision"
+    device = wave_T.device
+    window_N = torch.hann_window(mels.fft_window_size, dtype=torch.float64, device=device)
+    spectrum_FT = torch.stft(
+        wave_T.double(), mels.fft_window_size, mels.hop_length, window=window_N, return_complex=True)
+    power_FT = spectrum_FT.real**2 + spectrum_FT.imag**2
+    filters_FM = torch.from_numpy(mels.mel_filters_slaney).to(device)
+    mel_TM = power_FT.T @ filters_FM
+    return (10 * mel_TM.clamp(min=1e-10).log10()).float()
+
 # %% ../../nbs/evaluation/03_encoders.ipynb #aba92222
 class Clap:
     "CLAP: sounds and texts as unit vectors"
@@ -146,6 +161,10 @@ class Clap:
         mels:ClapFeatureExtractor,
         int16:bool=False           # round samples to 16 bits
     ):
+        if mels.truncation != 'rand_trunc' or mels.padding not in ('repeatpad', 'pad'):
+            raise ValueError(
+                f'this CLAP takes sounds with truncation {mels.truncation!r} and padding '
+                f'{mels.padding!r}: give one without fusion')
         self.model = model
         self.tokenizer = tokenizer
         self.mels = mels
@@ -158,9 +177,9 @@ class Clap:
     )->np.ndarray:       # [N, D]
         "Sounds as unit vectors"
         def embed(some):
-            prepared = [self.prepare(wave, sample_rate) for wave in some]
-            mels = self.mels(prepared, sampling_rate=self.mels.sampling_rate, return_tensors='pt')
-            return self.model.get_audio_features(**mels.to(self.model.device)).pooler_output
+            mels = [self.spectrogram(self.prepare(wave, sample_rate)) for wave in some]
+            mel_B1TM = torch.stack(mels)[:, None].to(self.model.device)
+            return self.model.get_audio_features(mel_B1TM).pooler_output
 
         return embed_in_batches(embed, waves)
 
@@ -179,6 +198,19 @@ class Clap:
         "Resample, cut and round a sound"
         wave_T = resample(as_wave(wave), sample_rate, self.mels.sampling_rate)[:self.mels.nb_max_samples]
         return rounded_to_int16(wave_T) if self.int16 else wave_T
+
+    def spectrogram(
+        self,
+        wave_T:np.ndarray # from `prepare`
+    )->torch.Tensor:      # float32 [frames, M]
+        "Spectrogram of a sound, repeated or filled up with silence"
+        n_samples = self.mels.nb_max_samples
+        if self.mels.padding == 'repeatpad':
+            wave_T = np.tile(wave_T, n_samples // len(wave_T))
+        wave_T = torch.from_numpy(np.pad(wave_T, (0, n_samples - len(wave_T))))
+        if self.model.device.type == 'cuda': # others may lack double precision
+            wave_T = wave_T.to(self.model.device)
+        return decibel_mels(wave_T, self.mels)
 
 # %% ../../nbs/evaluation/03_encoders.ipynb #a41211bf
 @patch(cls_method=True)

@@ -23,13 +23,13 @@ import torch
 import torchaudio
 from tqdm import tqdm
 
-from ..base.audio import SAMPLE_RATE, as_wave, resample
+from ..base.audio import SAMPLE_RATE, as_wave, log_mel, resample
 from ..base.audio_files import read_audio
 from ..base.config import Preset, component_path
 from ..base.files import file_hash, read_arrays, read_kept, write_arrays
 from ..base.work import work_folder
 from .encoders import load_clap, load_clip
-from .judge import Judge, features_and_logits, picture_tensor, sound_tensor
+from .judge import Judge, features_and_logits, picture_tensor
 from .networks import Cnn14, VGGish, batch_by_length
 
 # %% ../../nbs/evaluation/09_outputs.ipynb #a8010002
@@ -61,7 +61,7 @@ def load_judge(
 
 def run_judge(
     judge:Judge,
-    x_NCHW # from `picture_tensor` or `sound_tensor`
+    x_NCHW # pictures from `picture_tensor`, or log-mels of sounds
 )->dict:   # part -> [N, D]
     "Features, logits of the objects, and logits of every factor"
     features_ND, logits = features_and_logits(judge, x_NCHW)
@@ -74,7 +74,9 @@ def run_picture_judge(judge, images)->dict:
 
 def run_sound_judge(judge, waves)->dict:
     "As `run_judge`, of N sounds at 16 kHz"
-    return run_judge(judge, sound_tensor(waves))
+    wave_NT = torch.from_numpy(np.stack(waves))
+    device = next(judge.parameters()).device
+    return run_judge(judge, log_mel(wave_NT.to(device)))
 
 # %% ../../nbs/evaluation/09_outputs.ipynb #a8010005
 def run_cnn14(cnn14, waves)->dict:
