@@ -80,14 +80,18 @@ def batch_indices(
 
 # %% ../../nbs/base/08_fitting.ipynb #d862c836
 def in_batches(
-    function,          # a slice of the rows -> their result; called again for some where memory ran out
-    n:int,             # rows
-    batch_size:int,    # rows at once, to begin with
-    desc:str='',       # shown by the progress bar
-    progress:bool=True # show a bar
-)->list:               # the results of all slices, in order
+    function,           # a slice of the rows -> their result; called again for some where memory ran out
+    n:int,              # rows
+    batch_size:int,     # rows at once, to begin with
+    desc:str='',        # shown by the progress bar
+    progress:bool=True, # show a bar
+    fitted:dict=None    # desc -> rows at once since memory ran out; keep it for later calls
+)->list:                   # the results of all slices, in order
     "Run many rows batch by batch, and with batches half as large whenever memory runs out"
     require_positive(batch_size=batch_size)
+    if fitted is None:
+        fitted = {}
+    batch_size = min(batch_size, fitted.get(desc, batch_size))
     results = []
     start = 0
     with tqdm(total=n, desc=desc, unit='row', mininterval=2, disable=not progress) as bar:
@@ -99,7 +103,7 @@ def in_batches(
             except RuntimeError as e:
                 if size == 1 or not should_reduce_batch_size(e):
                     raise
-                batch_size = size // 2
+                batch_size = fitted[desc] = size // 2
                 message = f'out of memory with {size} at once, going on with {batch_size}'
                 warnings.warn(f'{desc or "batches"}: {message}', stacklevel=2)
                 continue
