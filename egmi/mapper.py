@@ -37,9 +37,9 @@ class Conditions:
 
     def to(
         self,
-        device        # of torch
+        device        # of torch, or a dtype
     )->'Conditions':
-        "The same conditions on another device"
+        "The same conditions on another device, or in another precision"
         image = None if self.image is None else self.image.to(device)
         return Conditions(image, self.audio.to(device))
 

@@ -192,9 +192,8 @@ def make_optimizer(
         if p.requires_grad:
             by_factor.setdefault(lr_factor(name, config), []).append(p)
     groups = [dict(params=params, factor=factor) for factor, params in by_factor.items()]
-    on_gpu = any(p.is_cuda for p in module.parameters())
     return torch.optim.AdamW(
-        groups, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=on_gpu or None)
+        groups, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
 
 # %% ../../nbs/base/08_fitting.ipynb #e543598a
 class Training:
