@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['SCALAR', 'ARRAY', 'NUMPY_DATA', 'read_tensors', 'tensor_shapes', 'load_strictly', 'check_loaded', 'first_line',
-           'loading', 'place_of', 'load_part', 'load_whole', 'read_checkpoint']
+           'loading', 'place_of', 'load_part', 'load_whole', 'read_checkpoint', 'weights_hash']
 
 # %% ../../nbs/base/04_loading.ipynb #8c3111be
 from contextlib import contextmanager
 from pathlib import Path
 from zipfile import is_zipfile
+import hashlib
 import pickle
 
 import numpy as np
@@ -154,3 +155,15 @@ def read_checkpoint(
     if not isinstance(saved, dict):
         raise ValueError(f'{path} holds no dictionary: give a checkpoint or state dict')
     return saved
+
+# %% ../../nbs/base/04_loading.ipynb #b7f3436f
+def weights_hash(
+    module:nn.Module # on any device
+)->str:              # 16 hexadecimal digits
+    "A short name for the weights of a module"
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(f'{name} {tensor.dtype} {list(tensor.shape)}'.encode())
+        flat = tensor.detach().cpu().contiguous().view(-1)
+        digest.update(flat.view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
