@@ -86,7 +86,7 @@ def in_batches(
     desc:str='',        # shown by the progress bar
     progress:bool=True, # show a bar
     fitted:dict=None    # desc -> rows at once since memory ran out; keep it for later calls
-)->list:                   # the results of all slices, in order
+)->list:                # the results of all slices, in order
     "Run many rows batch by batch, and with batches half as large whenever memory runs out"
     require_positive(batch_size=batch_size)
     if fitted is None:
