@@ -1430,6 +1430,7 @@ d = { 'settings': { 'branch': 'main',
                                'egmi.training.make_step': ('paper/training.html#make_step', 'egmi/training.py'),
                                'egmi.training.predict_conditions': ('paper/training.html#predict_conditions', 'egmi/training.py'),
                                'egmi.training.record_block': ('paper/training.html#record_block', 'egmi/training.py'),
+                               'egmi.training.start_trainings': ('paper/training.html#start_trainings', 'egmi/training.py'),
                                'egmi.training.step_blocks': ('paper/training.html#step_blocks', 'egmi/training.py'),
                                'egmi.training.text_targets': ('paper/training.html#text_targets', 'egmi/training.py'),
                                'egmi.training.train_conditioners': ('paper/training.html#train_conditioners', 'egmi/training.py')}}}

@@ -6,13 +6,12 @@
 __all__ = ['LENGTHS', 'TAIL_ROWS', 'READ_EVERY', 'text_targets', 'ComputedTargets', 'keep_targets', 'Prompts', 'drop_modalities',
            'length_multiple', 'ComputedPrefixes', 'KeptPrefixes', 'estimate_lengths', 'keep_prefixes', 'Conditioner',
            'make_conditioner', 'lockstep_losses', 'make_step', 'Lockstep', 'step_blocks', 'record_block',
-           'train_conditioners', 'predict_conditions']
+           'start_trainings', 'train_conditioners', 'predict_conditions']
 
 # %% ../nbs/paper/04_training.ipynb #98063d8a
 import hashlib
 import warnings
 from dataclasses import dataclass
-from itertools import chain
 from math import prod
 from pathlib import Path
 
@@ -398,6 +397,20 @@ def record_block(
             errors.append(str(e))
     return errors
 
+def start_trainings(
+    conditioners:dict, # name -> Conditioner
+    config:FitConfig,
+    checkpoints,       # folder, or None
+    data:str           # name of the prompts
+)->list:               # Training
+    "The systems, each as far as its checkpoint says"
+    trainings = []
+    for name, conditioner in conditioners.items():
+        checkpoint = checkpoints and Path(checkpoints)/f'{name}.pt'
+        trainings.append(Training(conditioner, config, checkpoint, name, data))
+    return trainings
+
+# %% ../nbs/paper/04_training.ipynb #aa2cd0aa
 def train_conditioners(
     conditioners:dict,        # name -> Conditioner, whose parameters are changed in place
     panda:PandaGPT,           # the frozen LLM
@@ -414,25 +427,19 @@ def train_conditioners(
     if weights is None:
         some_rows = np.arange(min(len(targets), 4096))
         weights = LossWeights.balanced(targets[some_rows])
-    data = prefixes.prompts.hash()
-    trainings = []
-    for name, conditioner in conditioners.items():
-        checkpoint = checkpoints and Path(checkpoints)/f'{name}.pt'
-        trainings.append(Training(conditioner, config, checkpoint, name, data))
-
+    trainings = start_trainings(conditioners, config, checkpoints, prefixes.prompts.hash())
     lockstep = Lockstep(panda, prefixes, targets, config, weights, error)
     first = min(len(training.losses) for training in trainings)
-    n_samples = config.steps * config.batch_size
-    bar = tqdm(total=n_samples, initial=first * config.batch_size, desc='training', unit=' samples', mininterval=2)
+    size = config.batch_size
     errors = []
-    with bar:
+    with tqdm(total=config.steps * size, initial=first * size, desc='training', unit=' samples') as bar:
         for block in step_blocks(first, config):
             active = tuple(t for t in trainings if len(t.losses) == block.start)
             if active:
                 losses_TS = torch.stack([lockstep.advance(active, step) for step in block])
                 errors += record_block(active, losses_TS)
                 bar.set_postfix(loss=f'{losses_TS.mean().item():.4f}', refresh=False)
-            bar.update(len(block) * config.batch_size)
+            bar.update(len(block) * size)
     if errors:
         raise FloatingPointError('; '.join(errors))
     return {training.desc: training.losses for training in trainings}
