@@ -102,7 +102,9 @@ class Prompts:
 
     def hash(self)->str: # 12 hexadecimal digits
         "A name for the prompts, but not for their features"
-        digest = hashlib.sha256('\0'.join(self.texts).encode())
+        digest = hashlib.sha256()
+        for text in self.texts:
+            digest.update(text.encode() + b'\0')
         if self.shown is not None:
             digest.update(self.shown.tobytes())
         return digest.hexdigest()[:12]

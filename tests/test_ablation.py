@@ -206,31 +206,34 @@ def frozen():
 
 
 @pytest.fixture(scope='module')
-def training_data(frozen, tmp_path_factory):
+def training_data(frozen):
     "Prefixes and targets of the run, made anew."
+    from egmi.base.memory import MemoryBudget
     from egmi.toybox.scenes import toybox
-    from egmi.training import cache_prefixes, drop_modalities, stored_targets
+    from egmi.training import drop_modalities, keep_prefixes, keep_targets
     _, panda, generators, _ = frozen
     scenes = toybox('train', TINY['n_train'])
     captions = [scene.caption for scene in scenes]
-    features = panda.image_features([scene.image for scene in scenes])
-    prefixes = cache_prefixes(panda, *drop_modalities(captions, features), progress=False)
-    return prefixes, stored_targets(*generators, captions, tmp_path_factory.mktemp('targets'))
+    features = panda.image_features([scene.image for scene in scenes]).half().float() # as they are on disk
+    budget = MemoryBudget(gibibytes=1)
+    prefixes = keep_prefixes(panda, drop_modalities(captions, features), budget, progress=False)
+    return prefixes, keep_targets(*generators, captions, budget)
 
 
 @pytest.mark.parametrize('system', MAPPERS)
 def test_only_tokens_and_mapper_learn_and_a_kill_changes_nothing(frozen, training_data, finished, system):
     from egmi.base.fitting import FitConfig
     from egmi.model import mapper_config
-    from egmi.training import make_conditioner, train_conditioner
+    from egmi.training import make_conditioner, train_conditioners
     preset, panda, generators, modules = frozen
     conditioner = make_conditioner(system, panda, mapper_config(preset, panda, *generators))
     assert conditioner.tokens.weight.shape == (16, 576)
     before = hashes(dict(conditioner=conditioner))
     frozen_before = hashes(modules)
 
-    config = FitConfig(steps=4, batch_size=4, lr=1e-3, warmup_steps=4)
-    losses = train_conditioner(conditioner, panda, *training_data, config)
+    config = FitConfig(
+        steps=4, batch_size=4, lr=1e-3, warmup_steps=4, lr_factors={'tokens.': 30.})
+    losses = train_conditioners({system: conditioner}, panda, *training_data, config)[system]
 
     after = hashes(dict(conditioner=conditioner))
     assert not [name for name in before if after[name] == before[name]]

@@ -8,12 +8,13 @@ import torch
 
 import egmi.training
 from egmi.evaluation.samples import generate_samples
+from egmi.base.memory import MemoryBudget
 from egmi.frozen.diffusion import generators_for
 from egmi.frozen.prefix import run_prefix, run_tail
 from egmi.mapper import Conditions
 from egmi.model import load_generators, load_panda, mapper_config
 from egmi.small.random_weights import TINY, random_preset, weight_variables, write_weights
-from egmi.training import cache_prefixes, make_conditioner, predict_conditions
+from egmi.training import Prompts, keep_prefixes, make_conditioner, predict_conditions
 
 TEXTS = ['a bell', 'three big green whistles indoors', 'a drum in the rain', 'two birds',
          'by a busy road there is a frog']
@@ -49,25 +50,29 @@ def same(found, wanted):
     torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-4)
 
 
+def keep(panda):
+    return keep_prefixes(panda, Prompts(TEXTS), MemoryBudget(gibibytes=1), progress=False)
+
+
 def test_prefixes(parts, monkeypatch):
     panda = parts[1]
     asked = []
-    wanted = cache_prefixes(panda, TEXTS, progress=False)
+    wanted = keep(panda)
     monkeypatch.setattr(egmi.training, 'run_prefix', holding(2, run_prefix, asked, position=1))
     with pytest.warns(UserWarning, match='^prefixes: out of memory with 5 at once, going on with 2$'):
-        found = cache_prefixes(panda, TEXTS, progress=False)
+        found = keep(panda)
     assert asked == [5, 2, 2, 1]
-    for a, b in zip(found, wanted, strict=True):
-        assert torch.equal(a.mask, b.mask)
-        same(a.keys, b.keys)
-        same(a.values, b.values)
+    for i in range(5):
+        assert torch.equal(found[[i]].mask, wanted[[i]].mask)
+        same(found[[i]].keys, wanted[[i]].keys)
+        same(found[[i]].values, wanted[[i]].values)
 
 
 def test_conditions(parts, monkeypatch):
     preset, panda, *generators = parts
     asked = []
     conditioner = make_conditioner('EGMI mapper', panda, mapper_config(preset, panda, *generators))
-    prefixes = cache_prefixes(panda, TEXTS, progress=False)
+    prefixes = keep(panda)
     wanted = predict_conditions(conditioner, panda, prefixes)
     monkeypatch.setattr(egmi.training, 'run_tail', holding(3, run_tail, asked, position=1))
     with pytest.warns(UserWarning, match='going on with 2$'):
