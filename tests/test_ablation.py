@@ -15,7 +15,8 @@ from conftest import check_run, environment, papermill_command, run_experiment
 
 pytestmark = pytest.mark.slow
 
-TINY = dict(steps=4, batch_size=4, n_train=8, n_eval=4, n_vocabulary=2, sampling_steps=2)
+TINY = dict(steps=4, batch_size=4, n_train=8, n_eval=4, n_vocabulary=2, sampling_steps=2,
+            seeds=[0])
 MAPPERS = ['Separated mapper', 'Cross mapper', 'EGMI mapper']
 RIVALS = MAPPERS[:2]
 CEILING = 'text encoder (upper bound)'
@@ -52,9 +53,9 @@ def cache(new_cache):
 
 @pytest.fixture(scope='module')
 def killed(tmp_path_factory, cache):
-    "Folder of a run that was killed between two mappers, and the mappers that it left in the cache."
+    "Folder of a run that was killed between two checkpoints of one step, and the checkpoints."
     folder = tmp_path_factory.mktemp('killed')
-    kill_at('ablation/training/*/Cross mapper-0.pt', folder, cache)
+    kill_at('ablation/training/*/Separated mapper, seed 0.pt', folder, cache)
     return folder, fingerprints(cache.glob('ablation/training/*/*.pt'))
 
 
