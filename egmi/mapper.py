@@ -32,6 +32,8 @@ class Conditions:
         self,
         rows          # slice, list or array of row numbers
     )->'Conditions':  # of these rows
+        if not isinstance(rows, slice):
+            rows = torch.as_tensor(rows).to(self.audio.device, non_blocking=True)
         image = None if self.image is None else self.image[rows]
         return Conditions(image, self.audio[rows])
 

@@ -174,12 +174,16 @@ class KeptPrefixes:
     def inputs(
         self,
         rows      # slice, list or array of row numbers
-    )->tuple:     # keys_LBKTE, values_LBKTE, mask_BT
+    )->tuple:     # places_BT alone
         "What `prefix` takes"
-        cache = self.packed[rows].pad_left(length_multiple(self.panda))
-        return cache.keys, cache.values, cache.mask
+        return (self.packed.places(rows, length_multiple(self.panda)),)
 
-    prefix = staticmethod(PrefixCache)
+    def prefix(
+        self,
+        places_BT:Tensor # where the positions of a batch of prompts lie
+    )->PrefixCache:
+        "Gather a batch of prompts"
+        return self.packed.gather(places_BT)
 
     def __getitem__(self, rows)->PrefixCache:
         return self.packed[rows]
