@@ -159,16 +159,16 @@ def encode_batch(
     panda:PandaGPT,
     pixels_B3HW:np.ndarray, # uint8
     fitted:dict             # as `in_batches` takes it
-)->np.ndarray:              # features_BD, float16
+)->Tensor:                  # features_BD in float16, on the device
     "ImageBind features of decoded pictures"
     device = panda.llm.device
+
     def encode(rows):
         x_B3HW = normalise_pixels(torch.from_numpy(pixels_B3HW[rows]).to(device))
-        return panda.encoder.encode_image(x_B3HW).half().cpu()
+        return panda.encoder.encode_image(x_B3HW).half()
 
     n = len(pixels_B3HW)
-    parts = in_batches(encode, n, n, 'pictures', progress=False, fitted=fitted)
-    return torch.cat(parts).numpy()
+    return torch.cat(in_batches(encode, n, n, 'pictures', progress=False, fitted=fitted))
 
 # %% ../../nbs/frozen/10_features.ipynb #d9e70f6a
 def encode_files(
@@ -189,7 +189,7 @@ def encode_files(
                 raise pixels_B3HW
             parts.append(encode_batch(panda, pixels_B3HW, fitted))
             bar.update(len(pixels_B3HW))
-        yield np.concatenate(parts)
+        yield torch.cat(parts).cpu().numpy()
 
 # %% ../../nbs/frozen/10_features.ipynb #f5d8ec7b
 def features_path(

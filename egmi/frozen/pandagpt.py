@@ -271,12 +271,12 @@ def load_projection(
 @patch(cls_method=True)
 def from_pretrained(
     cls:PandaGPT,
-    llm:str=SMOLLM2,                  # as `load_llm` takes it
-    imagebind:str='imagebind',        # folder, or component of the package
-    projection:str|None='projection', # folder, hub id or component; None leaves it untrained
-    dtype:torch.dtype=torch.float32,  # of the LLM and the projection
-    device:str='cpu',                 # where to put everything
-    imagebind_dtype:torch.dtype=torch.float32
+    llm:str=SMOLLM2,                          # as `load_llm` takes it
+    imagebind:str='imagebind',                # folder, or component of the package
+    projection:str|None='projection',         # folder, hub id or component; None leaves it untrained
+    dtype:torch.dtype=torch.float32,          # of the LLM and the projection
+    device:str='cpu',                         # where to put everything
+    imagebind_dtype:torch.dtype=torch.float32 # of ImageBind
 )->PandaGPT:
     "Assemble a PandaGPT from its parts"
     encoder = ImageBind.from_pretrained(component_path(imagebind), imagebind_dtype).to(device)
