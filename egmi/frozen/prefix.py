@@ -324,7 +324,7 @@ def empty(
     lengths_N # tokens of each prompt
 )->PackedPrefixes:
     "Room for prompts on the LLM's device and in its dtype"
-    lengths_N = torch.as_tensor(lengths_N)
+    lengths_N = torch.as_tensor(lengths_N, device='cpu')
     L, K, E = cache_shape(llm)
     room = dict(device=llm.device, dtype=llm.dtype)
     keys_LPKE = torch.empty(L, int(lengths_N.sum()), K, E, **room)
