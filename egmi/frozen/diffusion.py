@@ -328,7 +328,7 @@ def _decode_finite(self:LatentDiffusion, latents):
     may_lift = self.vae.dtype == torch.float16 and self.vae.config.force_upcast
     if may_lift and first_infinite(made) is not None:
         name = type(self).__name__
-        warnings.warn(f'{name}: the VAE overflows in float16, going on in float32', stacklevel=2)
+        warnings.warn(f'{name}: not finite in float16, going on with the VAE in float32', stacklevel=2)
         self.vae.float()
         return self._decode_finite(latents)
     return made.float()
