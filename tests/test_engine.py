@@ -1,4 +1,4 @@
-"""Training with a corpus of any size: memory that does not grow, and the same losses however things are kept."""
+"""Training with a corpus of any size: memory that does not grow, whatever is kept."""
 import subprocess
 import sys
 
