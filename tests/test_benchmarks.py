@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from conftest import ROOT, last_line, papermill
+from conftest import ROOT, papermill
 
 NOTEBOOK = ROOT/'nbs/benchmarks.ipynb'
 TRAINING = ['prefix in each step', 'kept prefixes', 'full sequence', "peers' loop, mapper as ours"]
@@ -138,9 +138,10 @@ def test_a_measurement_that_fails_stops_no_other(tmp_path):
 
 
 @pytest.mark.slow
-def test_wrong_scale_is_one_line(tmp_path):
-    assert last_line(run(tmp_path, scale='huge')) == (
-        "ValueError: scale must be full, mini or tiny, not 'huge'")
+def test_wrong_scale_is_one_line():
+    with pytest.raises(ValueError) as raised:
+        cells_until('scale not in', scale='huge')
+    assert str(raised.value) == "scale must be full, mini or tiny, not 'huge'"
 
 
 def test_gpu_check_without_a_gpu(tmp_path):
