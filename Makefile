@@ -5,7 +5,7 @@ ARGS   ?=
 BASE   ?= main
 MODELS ?= judge clip clap imagebind stable_diffusion audioldm projection
 
-.PHONY: help install tour ablation text-to-audio audio-editing mini-models report mini-report quick test check lab readme
+.PHONY: help install tour ablation text-to-audio audio-editing mini-models report mini-report has-gpu gpu-check quick test check lab readme
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -58,6 +58,14 @@ mini-report: install  ## measure the small frozen models: model card in nbs/smal
 	@mkdir -p runs/mini/report
 	$(BIN)/papermill nbs/small/report.ipynb runs/mini/report/report.ipynb $(ARGS) --no-progress-bar --stdout-file - --stderr-file -
 	$(if $(ARGS),,mv runs/mini/report/report.ipynb nbs/small/report.ipynb && $(BIN)/nbdev_clean --fname nbs/small/report.ipynb)
+
+gpu-check: override ARGS := -p device cuda -p scale full -p limit_s 270 $(ARGS)
+gpu-check: OUT ?= runs/gpu
+gpu-check: has-gpu install  ## measure training, extraction, sampling and metrics at full size in 5 minutes of one NVIDIA GPU, into runs/gpu
+	$(call experiment,benchmarks,benchmarks)
+
+has-gpu:
+	@nvidia-smi -L > /dev/null 2>&1 || { echo 'make gpu-check needs an NVIDIA GPU, and nvidia-smi finds none here' >&2; exit 1; }
 
 quick: check  ## two minutes: check, the notebooks that differ from BASE (main), the tests that are not marked slow
 	@git rev-parse -q --verify $(BASE) > /dev/null || { echo 'there is no branch $(BASE) to compare with: make quick BASE=origin/main' >&2; exit 1; }
