@@ -124,7 +124,7 @@ def drop_modalities(
     return Prompts(texts, features, shown=u_N <= 1 - caption_only)
 
 # %% ../nbs/paper/04_training.ipynb #98ab7266
-LENGTHS = 16 # on a GPU, batches are as long as a multiple of this
+LENGTHS = 8 # on a GPU, batches are as long as a multiple of this
 
 def length_multiple(
     panda:PandaGPT

@@ -203,16 +203,6 @@ class PrefixCache:
         "Memory of keys and values"
         return self.keys.nbytes + self.values.nbytes
 
-    def to(
-        self,
-        device=None, # torch device; None keeps it
-        dtype=None   # of keys and values; None keeps it
-    )->'PrefixCache':
-        "A copy on another device, or with another dtype of keys and values"
-        keys = self.keys.to(device, dtype)
-        values = self.values.to(device, dtype)
-        return PrefixCache(keys, values, self.mask.to(device))
-
 # %% ../../nbs/frozen/04_prefix.ipynb #c40330ae
 def cache_shape(
     llm # causal LLM of transformers, a Llama
@@ -259,7 +249,6 @@ def run_tail(
     R, n, _ = tokens_RnD.shape
     if R % len(cache):
         raise ValueError(f'{R} rows of tokens cannot be shared out among {len(cache)} prompts')
-    cache = cache.to(llm.device, llm.dtype)
     run_layer = for_device(tail_layer, llm.device)
     mask_RT = cache.mask.repeat(R // len(cache), 1)
     ids_Rn = position_ids(append_ones(mask_RT, n))[:, -n:]
@@ -271,23 +260,12 @@ def run_tail(
     return llm.model.norm(x_RnD)
 
 # %% ../../nbs/frozen/04_prefix.ipynb #b5460d0b
-@patch
-def pad_left(
-    self:PrefixCache,
-    multiple:int # of which the number of positions becomes a multiple
-)->PrefixCache:
-    "The prompts with up to `multiple` - 1 more positions in front"
-    n = -self.mask.shape[1] % multiple
-    keys = F.pad(self.keys, (0, 0, n, 0))
-    values = F.pad(self.values, (0, 0, n, 0))
-    return PrefixCache(keys, values, F.pad(self.mask, (n, 0)))
-
 def pad_left(
     embeds_BTD:Tensor, # prompts
     mask_BT:Tensor,    # 1 where there is a token
     multiple:int       # of which the number of positions becomes a multiple
 )->tuple:              # both, with up to `multiple` - 1 more positions in front
-    "The same for prompts that have not been run yet"
+    "Prompts whose number of positions is a multiple"
     n = -mask_BT.shape[1] % multiple
     return F.pad(embeds_BTD, (0, 0, n, 0)), F.pad(mask_BT, (n, 0))
 
@@ -384,34 +362,3 @@ def __getitem__(
 )->PrefixCache:
     "The chosen prompts, padded on the left to the longest of them"
     return self.gather(self.places(rows))
-
-# %% ../../nbs/frozen/04_prefix.ipynb #eb7e49e9
-@patch
-def __getitem__(
-    self:PrefixCache,
-    samples          # int, slice, list or tensor of indices
-)->PrefixCache:
-    "The chosen prompts, cut to the longest of them"
-    samples = torch.arange(len(self))[samples].reshape(-1)
-    longest = int(self.mask[samples].sum(1).max())
-    keys = self.keys[:, samples, :, -longest:]
-    values = self.values[:, samples, :, -longest:]
-    return PrefixCache(keys, values, self.mask[samples, -longest:])
-
-# %% ../../nbs/frozen/04_prefix.ipynb #9d7cb5d4
-@patch(cls_method=True)
-def cat(
-    cls:PrefixCache,
-    caches:list     # of PrefixCache, of any lengths
-)->PrefixCache:
-    "One batch from several caches, padded on the left"
-    longest = max(c.mask.shape[1] for c in caches)
-    keys = []
-    values = []
-    masks = []
-    for c in caches:
-        n = longest - c.mask.shape[1]
-        keys.append(F.pad(c.keys, (0, 0, n, 0)))
-        values.append(F.pad(c.values, (0, 0, n, 0)))
-        masks.append(F.pad(c.mask, (n, 0)))
-    return cls(torch.cat(keys, 1), torch.cat(values, 1), torch.cat(masks))
