@@ -199,18 +199,20 @@ class Clap:
         wave_T = resample(as_wave(wave), sample_rate, self.mels.sampling_rate)[:self.mels.nb_max_samples]
         return rounded_to_int16(wave_T) if self.int16 else wave_T
 
-    def spectrogram(
-        self,
-        wave_T:np.ndarray # from `prepare`
-    )->torch.Tensor:      # float32 [frames, M]
-        "Spectrogram of a sound, repeated or filled up with silence"
-        n_samples = self.mels.nb_max_samples
-        if self.mels.padding == 'repeatpad':
-            wave_T = np.tile(wave_T, n_samples // len(wave_T))
-        wave_T = torch.from_numpy(np.pad(wave_T, (0, n_samples - len(wave_T))))
-        if self.model.device.type == 'cuda': # others may lack double precision
-            wave_T = wave_T.to(self.model.device)
-        return decibel_mels(wave_T, self.mels)
+# %% ../../nbs/evaluation/03_encoders.ipynb #c1800015
+@patch
+def spectrogram(
+    self:Clap,
+    wave_T:np.ndarray # from `prepare`
+)->torch.Tensor:      # float32 [frames, M]
+    "Spectrogram of a sound, repeated or filled up with silence"
+    n_samples = self.mels.nb_max_samples
+    if self.mels.padding == 'repeatpad':
+        wave_T = np.tile(wave_T, n_samples // len(wave_T))
+    wave_T = torch.from_numpy(np.pad(wave_T, (0, n_samples - len(wave_T))))
+    if self.model.device.type == 'cuda': # others may lack double precision
+        wave_T = wave_T.to(self.model.device)
+    return decibel_mels(wave_T, self.mels)
 
 # %% ../../nbs/evaluation/03_encoders.ipynb #a41211bf
 @patch(cls_method=True)

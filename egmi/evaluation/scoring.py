@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SET_DISTANCES', 'set_distances', 'inception_columns', 'clap_text_audio', 'factor_columns', 'run_judges', 'References',
-           'judge_references', 'embed_pictures', 'score_references', 'cosine_columns', 'judge_columns', 'score_factors',
-           'score_samples', 'mean_scores', 'edit_factors', 'score_edits']
+           'judge_references', 'embed_pictures', 'score_references', 'cosine_columns', 'judge_columns', 'score_samples',
+           'mean_scores', 'score_factors', 'edit_factors', 'score_edits']
 
 # %% ../../nbs/evaluation/10_scoring.ipynb #061664a1
 from dataclasses import dataclass
@@ -72,11 +72,11 @@ def factor_columns(
 
 # %% ../../nbs/evaluation/10_scoring.ipynb #02cd3c5e
 def run_judges(
-    networks:dict,       # from `load_networks`
-    images,              # N pictures
-    audio,               # N sounds
-    sample_rate:int      # of the sounds, Hz
-)->tuple[dict, dict]:    # part -> outputs, for pictures and for sounds
+    networks:dict,    # from `load_networks`
+    images,           # N pictures
+    audio,            # N sounds
+    sample_rate:int   # of the sounds, Hz
+)->tuple[dict, dict]: # part -> outputs, for pictures and for sounds
     "Outputs of both judges"
     of_images = run_on_arrays('picture_judge', networks['picture_judge'], images)
     of_audio = run_on_arrays('judge', networks['judge'], audio, sample_rate)
@@ -85,20 +85,20 @@ def run_judges(
 @dataclass(frozen=True)
 class References:
     "What samples of N captions are compared with; None for what the corpus or the preset does not have"
-    clip_text_ND:np.ndarray      # captions by CLIP
-    clap_text_ND:np.ndarray      # captions by CLAP
-    clip_image_ND:np.ndarray|None# pictures by CLIP
-    image_features_ND:np.ndarray|None # scenes by the judge of pictures
-    audio_features_ND:np.ndarray|None # scenes by the judge of sounds
-    labels_NF:np.ndarray|None    # classes of the scenes' factors
+    clip_text_ND:np.ndarray           # captions by CLIP
+    clap_text_ND:np.ndarray           # captions by CLAP
+    clip_image_ND:np.ndarray|None     # pictures that have these captions by CLIP
+    image_features_ND:np.ndarray|None # pictures of the scenes by their judge
+    audio_features_ND:np.ndarray|None # sounds of the scenes by their judge
+    labels_NF:np.ndarray|None         # classes of the scenes' factors
 
     def __len__(self):
         return len(self.clip_text_ND)
 
     def rolled(
         self,
-        shift:int       # rows
-    )->'References':    # row i is what row i + shift was
+        shift:int    # rows
+    )->'References': # row i is what row i + shift was
         "The same references for other samples"
         moved = {}
         for name, x_ND in vars(self).items():
@@ -120,8 +120,8 @@ def judge_references(
 
 def embed_pictures(
     clip,
-    examples:list       # N of them
-)->np.ndarray|None:     # [N, D]
+    examples:list   # N of them
+)->np.ndarray|None: # [N, D]
     "Their pictures by CLIP, 64 in memory at a time; None if one has no picture"
     embedded = []
     for start in range(0, len(examples), 64):
@@ -162,27 +162,18 @@ def cosine_columns(
     return columns
 
 def judge_columns(
-    outputs:dict,          # part -> outputs of a judge for N samples
-    features_ND:np.ndarray,# its features for the scenes
-    labels_NF:np.ndarray,  # classes of the scenes' factors
-    modality:str           # image or audio
-)->dict:                   # column -> [N], or one number for the set
+    outputs:dict,           # part -> outputs of a judge for N samples
+    features_ND:np.ndarray, # its features for the scenes
+    labels_NF:np.ndarray,   # classes of the scenes' factors
+    modality:str            # image or audio
+)->dict:                    # column -> [N], or one number for the set
     "Factors, Fréchet distance from the scenes and inception score, for one modality"
     columns = factor_columns(outputs, labels_NF, modality)
     columns[f'fd_{modality}'] = frechet_distance(features_ND, outputs['features'])
     columns[f'is_{modality}'] = inception_score(outputs['logits'], splits=1)[0]
     return columns
 
-def score_factors(
-    networks:dict, # from `load_networks`
-    samples:Samples,
-    labels_NF      # classes of the factors that were described
-)->dict:           # {factor}_{modality} -> 1 or 0 [N]
-    "Which factors of pictures and sounds the judges classify as they were described"
-    of_images, of_audio = run_judges(networks, samples.images, samples.audio, samples.sample_rate)
-    columns = factor_columns(of_images, labels_NF, 'image')
-    return columns | factor_columns(of_audio, labels_NF, 'audio')
-
+# %% ../../nbs/evaluation/10_scoring.ipynb #c1800007
 def score_samples(
     networks:dict,   # from `load_networks`
     samples:Samples, # N of them
@@ -205,6 +196,17 @@ def mean_scores(
 )->dict:         # column -> number
     "The means of all columns of one system"
     return {name: float(np.mean(values)) for name, values in columns.items()}
+
+# %% ../../nbs/evaluation/10_scoring.ipynb #c1800009
+def score_factors(
+    networks:dict, # from `load_networks`
+    samples:Samples,
+    labels_NF      # classes of the factors that were described
+)->dict:           # {factor}_{modality} -> 1 or 0 [N]
+    "Which factors of pictures and sounds the judges classify as they were described"
+    of_images, of_audio = run_judges(networks, samples.images, samples.audio, samples.sample_rate)
+    columns = factor_columns(of_images, labels_NF, 'image')
+    return columns | factor_columns(of_audio, labels_NF, 'audio')
 
 # %% ../../nbs/evaluation/10_scoring.ipynb #b348c9be
 def edit_factors(
