@@ -17,6 +17,7 @@ from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from .base.files import replacing
+from .base.graphs import send
 
 # %% ../nbs/paper/02_mapper.ipynb #9ce347fa
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Conditions:
         rows          # slice, list or array of row numbers
     )->'Conditions':  # of these rows
         if not isinstance(rows, slice):
-            rows = torch.as_tensor(rows).to(self.audio.device, non_blocking=True)
+            rows = send(torch.as_tensor(rows), self.audio.device)
         image = None if self.image is None else self.image[rows]
         return Conditions(image, self.audio[rows])
 

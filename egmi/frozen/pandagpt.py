@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..base.checks import list_texts, require_positive
 from ..base.config import component_path
 from ..base.fitting import in_batches
+from ..base.graphs import send
 from .imagebind import ImageBind, crop_images, normalise_pixels, preprocess_audio
 from .llm import SMOLLM2, find_file, load_llm
 from .lora import merge_delta
@@ -139,8 +140,9 @@ def project(
     width = self.projection.in_features
     rows = [feature.reshape(-1, width) for feature in media]
     counts_B = torch.tensor([len(feature_ND) for feature_ND in rows])
-    prompts_N = torch.repeat_interleave(counts_B).to(self.llm.device)
-    projected_ND = self.projection(torch.cat(rows).to(self.projection.weight))
+    prompts_N = send(torch.repeat_interleave(counts_B), self.llm.device)
+    features_ND = send(torch.cat(rows), self.llm.device)
+    projected_ND = self.projection(features_ND.to(self.llm.dtype))
     slots_BD = projected_ND.new_zeros(len(media), projected_ND.shape[1])
     return slots_BD.index_add(0, prompts_N, projected_ND)
 
@@ -156,7 +158,7 @@ def embed_prompts(
     ids = self.prompt_ids(texts, features, histories)
     rows = [torch.tensor(prompt) for prompt in ids]
     padded_BT = pad_sequence(rows, batch_first=True, padding_value=PADDING, padding_side='left')
-    ids_BT = padded_BT.to(self.llm.device)
+    ids_BT = send(padded_BT, self.llm.device)
     is_padding_BT = ids_BT == PADDING
     embeds_BTD = self.llm.get_input_embeddings()(ids_BT.clamp(0))
     embeds_BTD.masked_fill_(is_padding_BT[..., None], 0)

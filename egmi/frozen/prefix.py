@@ -23,6 +23,8 @@ from fastcore.basics import patch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from ..base.graphs import send
+
 # %% ../../nbs/frozen/04_prefix.ipynb #fd2ab5df
 def position_ids(
     mask_BT:Tensor # 1 where there is a token
@@ -347,7 +349,7 @@ def gather(
     places_BT:Tensor # of `places`
 )->PrefixCache:
     "The positions at these places; nothing here waits for the device"
-    places_BT = places_BT.to(self.keys.device, non_blocking=True)
+    places_BT = send(places_BT, self.keys.device)
     index = places_BT.clamp(0).flatten()
     shape = places_BT.shape
     keys_LBTKE = self.keys.index_select(1, index).unflatten(1, shape)
