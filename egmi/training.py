@@ -186,7 +186,7 @@ class KeptPrefixes:
         return self.packed.gather(places_BT)
 
     def __getitem__(self, rows)->PrefixCache:
-        return self.packed[rows]
+        return self.prefix(*self.inputs(rows))
 
 # %% ../nbs/paper/04_training.ipynb #2058472b
 def estimate_lengths(
@@ -340,8 +340,9 @@ def step_of(
     self:Lockstep,
     trainings:tuple # the systems
 )->CapturedStep:
-    "The step of some systems, made once"
+    "The step of some systems, made once; that of others is forgotten"
     if trainings not in self.steps:
+        self.steps.clear()
         conditioners = [training.module for training in trainings]
         self.steps[trainings] = make_step(
             conditioners, self.panda, self.prefixes, self.weights, self.error, self.together)

@@ -66,6 +66,7 @@ class Preset:
     guidance_image:float = 7.5
     guidance_audio:float = 2.5
     sampling_steps:int = 50
+    sampling_batch:int = 16 # pictures or sounds denoised at once
     seconds:float = 10.   # length of a generated sound
     picture_bytes:int = 3 * 512**2          # on disk, of a generated picture
     toybox:bool = False   # Toybox takes the place of data that are not given
@@ -87,6 +88,7 @@ MINI = Preset(
     guidance_image=3.,
     guidance_audio=4.,
     sampling_steps=12,
+    sampling_batch=96,
     seconds=2.56,
     llm_dtype='bfloat16',
     picture_bytes=3 * 64**2,

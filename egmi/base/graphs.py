@@ -20,7 +20,9 @@ def send(
     device         # torch.device
 )->Tensor:         # on the device
     "A copy on a device, without waiting for a GPU"
-    return tensor.to(device, non_blocking=device.type == 'cuda')
+    if device.type == 'cuda' and tensor.is_cpu:
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 # %% ../../nbs/base/12_graphs.ipynb #e59e9400
 class StepGraph:
@@ -37,12 +39,14 @@ class StepGraph:
         current = torch.cuda.current_stream(stream.device)
         stream.wait_stream(current)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                run(*self.inputs)
-            with torch.cuda.graph(self.graph, pool, stream, capture_error_mode='thread_local'):
-                self.losses = run(*self.inputs)
-        current.wait_stream(stream)
+        try:
+            with torch.cuda.stream(stream):
+                for _ in range(3):
+                    run(*self.inputs)
+                with torch.cuda.graph(self.graph, pool, stream, capture_error_mode='thread_local'):
+                    self.losses = run(*self.inputs)
+        finally:
+            current.wait_stream(stream)
 
     def copy_inputs(
         self,

@@ -29,10 +29,10 @@ class MemoryBudget:
     def __init__(
         self,
         device='cpu',  # torch device, or its name
-        gibibytes=None # None takes half of what is free
+        gibibytes=None # None takes two fifths of what is free
     ):
         if gibibytes is None:
-            self.left = free_memory(device) // 2
+            self.left = free_memory(device) * 2 // 5
         else:
             require_number(memory=gibibytes)
             if gibibytes < 0:

@@ -25,6 +25,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..base.checks import list_texts, require_number, require_positive
 from ..base.fitting import in_batches
+from ..base.graphs import send
 from ..base.loading import load_part, load_whole, loading
 
 # %% ../../nbs/frozen/07_diffusion.ipynb #b1227a54
@@ -218,8 +219,9 @@ def encode_text(
     def embed(rows):
         tokens = self.tokenizer(
             captions[rows], padding=self.padding, max_length=self.tokenizer.model_max_length,
-            truncation=True, return_tensors='pt').to(self.device)
-        return self._embed(tokens.input_ids, tokens.attention_mask)
+            truncation=True, return_tensors='pt')
+        ids_BL = send(tokens.input_ids, self.device)
+        return self._embed(ids_BL, send(tokens.attention_mask, self.device))
 
     batches = in_batches(
         embed, len(captions), batch_size, 'captions', progress=False, fitted=self.fitted)
