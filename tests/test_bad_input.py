@@ -40,9 +40,12 @@ def test_notebook_refuses_a_value(name, value, message, tmp_path):
     assert not (tmp_path/'out').exists()
 
 
-@pytest.mark.parametrize('value', [0, -1, True, 2.5, '8'])
-@pytest.mark.parametrize('name', [
-    'steps', 'batch_size', 'n_train', 'n_eval', 'n_vocabulary', 'sampling_steps', 'sampling_batch'])
+COUNTS = ['steps', 'batch_size', 'n_train', 'n_eval', 'n_vocabulary', 'sampling_steps']
+BAD_COUNTS = [(name, 0) for name in COUNTS]  # a sampling_batch of 0 is that of the preset
+BAD_COUNTS += [(name, value) for name in [*COUNTS, 'sampling_batch'] for value in (-1, True, 2.5, '8')]
+
+
+@pytest.mark.parametrize('name, value', BAD_COUNTS)
 def test_counts_must_be_positive_whole_numbers(name, value, tmp_path):
     with pytest.raises(ValueError, match=rf"^(parameter )?'?{name}'? must be .*, not {value!r}$"):
         check_cells(NOTEBOOK, out_dir=str(tmp_path/'out'), **{name: value})
