@@ -428,6 +428,7 @@ def bytes_in_memory(
     precision = dict.fromkeys(scale.models, 'float32')
     precision |= dict.fromkeys(GENERATOR_PARTS, preset.generator_dtype)
     precision['llm'] = preset.llm_dtype
+    precision['imagebind'] = preset.imagebind_dtype
     sizes = []
     for name in scale.models:
         width = pick_dtype(precision[name], device).itemsize
