@@ -10,6 +10,7 @@ import pandas as pd
 import psutil
 import pytest
 import scipy.linalg
+import torch
 
 from conftest import check_run, environment, papermill_command, run_experiment
 
@@ -186,7 +187,7 @@ def hashes(modules):
     found = {}
     for name, module in modules.items():
         for key, value in module.state_dict().items():
-            content = value.detach().cpu().contiguous().numpy().tobytes()
+            content = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
             found[f'{name}.{key}'] = hashlib.sha256(content).hexdigest()
     return found
 
@@ -207,15 +208,16 @@ def frozen():
 
 
 @pytest.fixture(scope='module')
-def training_data(frozen):
+def training_data(frozen, tmp_path_factory):
     "Prefixes and targets of the run, made anew."
     from egmi.base.memory import MemoryBudget
+    from egmi.frozen.features import picture_features
     from egmi.toybox.scenes import toybox
     from egmi.training import drop_modalities, keep_prefixes, keep_targets
     _, panda, generators, _ = frozen
     scenes = toybox('train', TINY['n_train'])
     captions = [scene.caption for scene in scenes]
-    features = panda.image_features([scene.image for scene in scenes]).half().float() # as they are on disk
+    features = picture_features(panda, scenes, tmp_path_factory.mktemp('features'), progress=False)
     budget = MemoryBudget(gibibytes=1)
     prefixes = keep_prefixes(panda, drop_modalities(captions, features), budget, progress=False)
     return prefixes, keep_targets(*generators, captions, budget)
@@ -241,4 +243,5 @@ def test_only_tokens_and_mapper_learn_and_a_kill_changes_nothing(frozen, trainin
     for module in modules.values():
         assert not [p for p in module.parameters() if p.requires_grad or p.grad is not None]
     for name, curve in losses.items():
-        assert np.mean(curve) == pytest.approx(finished[2]['final_loss'][name], rel=1e-6)
+        # those that went on after the kill ran in a smaller batch, in which bfloat16 rounds otherwise
+        assert np.mean(curve) == pytest.approx(finished[2]['final_loss'][name], rel=1e-3)

@@ -98,7 +98,7 @@ def test_report_says_it_of_the_run(finished, tmp_path):
 
 
 def test_every_stage_was_run_and_timed(record):
-    stages = {'writing random weights', 'load', 'features and targets', 'prefixes', 'training',
+    stages = {'writing random weights', 'load', 'features', 'prefixes', 'targets', 'training',
               'generation', 'scoring'}
     assert stages <= {stage for stage, seconds in record['seconds'].items() if seconds > 0}
 
