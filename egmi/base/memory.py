@@ -60,7 +60,7 @@ class MemoryBudget:
         "Whether something is kept, which is printed; what is kept lowers the budget"
         kept = needed <= self.left
         decision = 'kept' if kept else otherwise
-        print(f'{what}: {needed / 2**30:.2f} of {self.left / 2**30:.2f} GiB, {decision}')
+        print(f'{what}: {needed / 2**30:.3g} of {self.left / 2**30:.3g} GiB, {decision}')
         if kept:
             self.left -= needed
         return kept
