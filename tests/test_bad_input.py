@@ -32,6 +32,9 @@ def test_papermill_refuses_an_unknown_parameter(tmp_path):
     ('weights', 'big', "^unknown weights 'big': choose one of pretrained, random, tiny$"),
     ('weights', 'random', "^random weights stand in for published ones, and preset 'mini' has none: "
                           'choose preset paper$'),
+    ('lr', float('nan'), 'lr must be a finite number'),
+    ('lr_tokens', 0., 'lr and lr_tokens must be positive'),
+    ('memory', -1., 'memory must not be negative'),
 ])
 def test_notebook_refuses_a_value(name, value, message, tmp_path):
     preset = 'paper' if value == 'big' else 'mini'
