@@ -150,9 +150,10 @@ def test_gpu_check_without_a_gpu(tmp_path):
     driver.write_text('#!/bin/sh\necho No devices were found\nexit 6\n')
     driver.chmod(0o755)
     path = f'{tmp_path}:{os.environ["PATH"]}'
+    variables = {name: value for name, value in os.environ.items() if not name.startswith('MAKE')}
     process = subprocess.run(
         ['make', 'gpu-check', f'OUT={tmp_path}/out', f'STAMP={tmp_path}/stamp'], cwd=ROOT,
-        env=os.environ | dict(PATH=path), capture_output=True, text=True)
+        env=variables | dict(PATH=path), capture_output=True, text=True)
     said = process.stderr.splitlines()
     assert process.returncode != 0 and process.stdout == ''
     assert said[0] == 'make gpu-check needs an NVIDIA GPU, and nvidia-smi finds none here'
