@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LENGTHS', 'TAIL_ROWS', 'READ_EVERY', 'text_targets', 'ComputedTargets', 'keep_targets', 'Prompts', 'drop_modalities',
-           'length_multiple', 'ComputedPrefixes', 'KeptPrefixes', 'estimate_lengths', 'keep_prefixes', 'Conditioner',
-           'make_conditioner', 'lockstep_losses', 'make_step', 'Lockstep', 'step_blocks', 'record_block',
+           'length_multiple', 'Prefixes', 'ComputedPrefixes', 'KeptPrefixes', 'estimate_lengths', 'keep_prefixes',
+           'Conditioner', 'make_conditioner', 'lockstep_losses', 'make_step', 'Lockstep', 'step_blocks', 'record_block',
            'start_trainings', 'train_conditioners', 'predict_conditions']
 
 # %% ../nbs/paper/04_training.ipynb #98063d8a
@@ -133,14 +133,19 @@ def length_multiple(
     return LENGTHS if panda.llm.device.type == 'cuda' else 1
 
 @dataclass(frozen=True)
-class ComputedPrefixes:
-    "Prompts that run through the LLM when their prefixes are asked for"
+class Prefixes:
+    "N prefixes: `prefixes[rows]` are those of a batch"
     panda:PandaGPT  # the frozen LLM
     prompts:Prompts # N of them
 
     def __len__(self):
         return len(self.prompts)
 
+    def __getitem__(self, rows)->PrefixCache:
+        return self.prefix(*self.inputs(rows))
+
+class ComputedPrefixes(Prefixes):
+    "Prompts that run through the LLM when their prefixes are asked for"
     def inputs(
         self,
         rows      # slice, list or array of row numbers
@@ -157,19 +162,11 @@ class ComputedPrefixes:
         "Run a batch of prompts"
         return run_prefix(self.panda.llm, embeds_BTD, mask_BT)
 
-    def __getitem__(self, rows)->PrefixCache:
-        return self.prefix(*self.inputs(rows))
-
 # %% ../nbs/paper/04_training.ipynb #7d9472d7
 @dataclass(frozen=True)
-class KeptPrefixes:
-    "Prefixes that are in memory, with the methods of `ComputedPrefixes`"
-    panda:PandaGPT        # the LLM that they are of
-    prompts:Prompts       # N of them
+class KeptPrefixes(Prefixes):
+    "Prefixes that are in memory"
     packed:PackedPrefixes # of all prompts
-
-    def __len__(self):
-        return len(self.prompts)
 
     def inputs(
         self,
@@ -184,9 +181,6 @@ class KeptPrefixes:
     )->PrefixCache:
         "Gather a batch of prompts"
         return self.packed.gather(places_BT)
-
-    def __getitem__(self, rows)->PrefixCache:
-        return self.prefix(*self.inputs(rows))
 
 # %% ../nbs/paper/04_training.ipynb #2058472b
 def estimate_lengths(
