@@ -10,12 +10,12 @@ __all__ = ['LAYOUTS', 'FEATURE_BYTES', 'run_checks', 'check_weights', 'require_w
 from functools import partial
 from pathlib import Path
 
-import psutil
 import torch
 
 from ..base.audio import SAMPLE_RATE
 from ..base.config import CACHE, Preset, component_path, folder_from, pick_dtype
 from ..base.files import check_space
+from ..base.memory import free_memory
 from ..frozen.weights import Source, find_fault, names_of, sources_of
 from ..mapper import BASELINES, MAPPERS, MapperConfig, count_parameters
 from ..model import find_trained
@@ -131,12 +131,11 @@ def check_memory(
     device          # torch.device
 ):
     "OSError unless the parts fit"
-    available = psutil.virtual_memory().available
+    available = free_memory()
     if device.type != 'cuda':
         return check_fits('this machine', available, sum(held))
     check_fits('this machine', available, max(held, default=0))
-    free, _ = torch.cuda.mem_get_info(device)
-    check_fits(str(device), free, sum(held))
+    check_fits(str(device), free_memory(device), sum(held))
 
 # %% ../../nbs/evaluation/06_checks.ipynb #e81a5c94
 def check_run(
