@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OF_RECIPES', 'LIBRARIES', 'SCORERS', 'STEPS', 'interval_columns', 'compare_systems', 'check_writable',
            'check_parameters', 'recipe_values', 'check_sizes', 'with_steps', 'time_stage', 'kept_seconds', 'provenance',
-           'table_records', 'Experiment']
+           'table_records', 'Experiment', 'watch_memory']
 
 # %% ../../nbs/evaluation/07_experiment.ipynb #1d2588ae
 from contextlib import contextmanager
@@ -23,6 +23,7 @@ import time
 
 import numpy as np
 import pandas as pd
+import psutil
 import soundfile
 import torch
 from fastcore.basics import patch
@@ -198,7 +199,7 @@ def table_records(
 
 # %% ../../nbs/evaluation/07_experiment.ipynb #f91a2470
 class Experiment:
-    "One run: its frozen parts, the folders of its work and its results, the time of its stages"
+    "One run: its frozen parts, the folders of its work and its results, time and memory of its stages"
     def __init__(
         self,
         name:str,      # of the experiment, and of its folders
@@ -210,6 +211,7 @@ class Experiment:
         self.device = device
         self.title = ', '.join(filter(None, [preset.name, preset.note]))
         self.seconds = {} # stage -> seconds
+        self.memory = {}  # stage -> GiB of machine and GPU
         self.folders = {} # stage -> folder of its work
 
 # %% ../../nbs/evaluation/07_experiment.ipynb #ed7e8826
@@ -233,15 +235,34 @@ def keep(
     self.seconds |= kept_seconds(folder)
     return folder
 
+@contextmanager
+def watch_memory(
+    memory:dict, # stage -> GiB, changed in place
+    stage:str,   # whose memory it is
+    device       # torch.device
+):
+    "Note in `memory[stage]` what the process holds after the block, and what it held of its GPU at most"
+    on_gpu = device.type == 'cuda'
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    try:
+        yield
+    finally:
+        found = dict(host_gib=psutil.Process().memory_info().rss / 2**30)
+        if on_gpu:
+            found['gpu_gib'] = torch.cuda.max_memory_reserved(device) / 2**30
+        before = memory.get(stage, {})
+        memory[stage] = {name: max(round(gib, 2), before.get(name, 0.)) for name, gib in found.items()}
+
 @patch
 @contextmanager
 def stage(
     self:Experiment,
     name:str
 ):
-    "Time a block, and keep the seconds where the stage's work is kept"
+    "Time a block and watch its memory, and keep the seconds where the stage's work is kept"
     try:
-        with time_stage(self.seconds, name):
+        with time_stage(self.seconds, name), watch_memory(self.memory, name, self.device):
             yield
     finally:
         if name in self.folders:
@@ -292,12 +313,11 @@ def save_sound(
         soundfile.write(beside, audio, sample_rate, format='WAV')
 
 # %% ../../nbs/evaluation/07_experiment.ipynb #3c68132b
-def _peak_memory(device):
-    "GiB that this process has held at most, of the machine and of its GPU"
-    peaks = dict(peak_memory_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
-    if device.type == 'cuda':
-        peaks['peak_gpu_memory_gib'] = torch.cuda.max_memory_allocated(device) / 2**30
-    return {name: round(peak, 2) for name, peak in peaks.items()}
+@patch
+def stage_table(self:Experiment)->pd.DataFrame: # a row for each stage: seconds, host_gib, gpu_gib
+    "What the stages took; memory is that of this run, seconds are of all runs that worked at a stage"
+    seconds = pd.Series(self.seconds, name='seconds')
+    return pd.DataFrame(self.memory).T.join(seconds, how='outer').round(2)
 
 @patch
 def save_record(
@@ -308,8 +328,10 @@ def save_record(
     record = provenance(self.config, self.config['seeds'], self.seconds)
     if self.preset.note:
         record['note'] = self.preset.note
-    record |= _peak_memory(self.device) | results
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    record |= dict(memory=self.memory, peak_memory_gib=round(peak, 2)) | results
     write_json(self.out/'run.json', record)
     minutes = sum(self.seconds.values()) / 60
-    print(f'{minutes:.1f} minutes of computing, {record["peak_memory_gib"]} GiB at most; files in {self.out}')
+    print(self.stage_table().to_string())
+    print(f'{minutes:.1f} minutes of computing, {peak:.2f} GiB at most; files in {self.out}')
     return record
