@@ -134,7 +134,7 @@ def begin_training(
             raise ValueError(f'{folder} holds a training with another recipe: {differ}; '
                              'give what was given before, or choose another folder')
     elif processes.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
+        (folder/'checkpoints').mkdir(parents=True, exist_ok=True)
         with replacing(folder/'ids.txt') as beside:
             beside.write_text('\n'.join(e.id for e in pairs))
         write_json(path, recipe | dict(command=command))
@@ -266,7 +266,7 @@ def train_group(
             with self.run.stage('training'):
                 losses |= train_conditioners(
                     named, self.panda, prefixes, targets, config, weights,
-                    self.folder/'checkpoints', error, self.processes)
+                    self.folder/'checkpoints', error=error, processes=self.processes)
     return losses
 
 # %% ../../nbs/evaluation/13_trainings.ipynb #5aa83ce5
