@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['CLIP_IDS', 'CLIP_TEXT', 'CLIP_VISION', 'CLAP_TEXT', 'AUDIOLDM_L', 'SCORE_CLIP', 'CLASSIFIERS', 'FULL', 'TINY_TEXT',
            'TINY_VISION', 'TINY_CLAP', 'TINY_HTSAT', 'TINY_SCORE_CLIP', 'TINY_SCORE_CLAP', 'TINY_UNET',
-           'TINY_IMAGEBIND', 'TINY_LLM', 'TINY', 'SD_NOISE', 'AUDIOLDM_NOISE', 'COMMIT', 'GENERATOR_PARTS', 'WRITERS',
-           'Scale', 'text_config', 'autoencoder', 'sound_unet', 'hifigan', 'keep_variance', 'draw', 'parameters_of',
-           'vocabulary_texts', 'write_tokenizer', 'sentencepiece_model', 'write_llm', 'write_delta', 'write_imagebind',
-           'write_stable_diffusion', 'write_audioldm', 'write_clip', 'write_clap', 'write_cnn14', 'write_vggish',
-           'layout_path', 'weight_variables', 'random_preset', 'write_mapper', 'bytes_needed', 'bytes_in_memory',
-           'write_refs', 'write_weights']
+           'TINY_IMAGEBIND', 'TINY_LLM', 'TINY', 'SD_NOISE', 'AUDIOLDM_NOISE', 'COMMIT', 'SHORT', 'GENERATOR_PARTS',
+           'WRITERS', 'Scale', 'text_config', 'autoencoder', 'sound_unet', 'hifigan', 'keep_variance', 'draw',
+           'parameters_of', 'vocabulary_texts', 'write_tokenizer', 'sentencepiece_model', 'write_llm', 'write_delta',
+           'write_imagebind', 'write_stable_diffusion', 'write_audioldm', 'write_clip', 'write_clap', 'write_cnn14',
+           'write_vggish', 'layout_path', 'weight_variables', 'random_preset', 'write_mapper', 'bytes_needed',
+           'bytes_in_memory', 'write_refs', 'write_weights']
 
 # %% ../../nbs/small/11_random_weights.ipynb #155f0b44
 from collections import OrderedDict
@@ -381,13 +381,21 @@ def weight_variables(
     return dict(EGMI_WEIGHTS=f'{root}/weights', HF_HUB_CACHE=f'{root}/hub')
 
 # %% ../../nbs/small/11_random_weights.ipynb #1e76bf7a
+SHORT = dict( # field of `Preset` -> what differs from the recipe of `paper`
+    training=dict(n_train=16, steps=4, batch_size=8, warmup_steps=4),
+    ablation=dict(n_eval=4),
+    text_to_audio=dict(n_eval=4),
+    audio_editing=dict(n_eval=4, n_strength=2, n_data=2))
+
 def random_preset(
     scale:Scale
 )->Preset:
-    "The `paper` preset with random weights of a scale under the published names"
+    "The `paper` preset with random weights of a scale under the published names, and short recipes"
+    paper = get_preset('paper')
+    recipes = {name: getattr(paper, name) | differs for name, differs in SHORT.items()}
     return replace(
-        get_preset('paper'), name=f'random-{scale.name}',
-        note='random weights: a rehearsal', **scale.differs)
+        paper, name=f'random-{scale.name}', note='random weights: a rehearsal',
+        steps_image=4, steps_audio=4, **recipes, **scale.differs)
 
 def write_mapper(
     scale:Scale,
