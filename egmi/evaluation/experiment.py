@@ -134,10 +134,16 @@ def recipe_values(
     return values
 
 def check_sizes(
-    **sizes # name -> value
+    least:int, # that makes sense
+    **sizes    # name -> value
 ):
-    "ValueError unless each is a whole number of 1 or more, or None for all that is there"
-    require_positive(**{name: size for name, size in sizes.items() if size is not None})
+    "ValueError unless each is a whole number of `least` or more, or None for all that is there"
+    for name, size in sizes.items():
+        if size is None:
+            continue
+        require_positive(**{name: size})
+        if size < least:
+            raise ValueError(f'{name} must be {least} or more, not {size!r}')
 
 # %% ../../nbs/evaluation/07_experiment.ipynb #544f5855
 def with_steps(

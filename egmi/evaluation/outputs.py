@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SHORTEST_INPUT', 'NETWORKS', 'RESAMPLERS', 'MODULE', 'Network', 'rate_16k', 'clap_rate', 'load_judge', 'run_judge',
            'run_picture_judge', 'run_sound_judge', 'run_cnn14', 'run_vggish', 'run_clap', 'run_clip', 'weights_path',
-           'load_network', 'load_networks', 'run_on_arrays', 'resample_by_torchaudio', 'files_hash', 'name_networks',
-           'run_batch', 'read_outputs', 'run_network_on_files', 'run_on_files']
+           'load_network', 'network_sources', 'load_networks', 'run_on_arrays', 'resample_by_torchaudio', 'files_hash',
+           'name_networks', 'run_batch', 'read_outputs', 'run_network_on_files', 'run_on_files']
 
 # %% ../../nbs/evaluation/09_outputs.ipynb #a8000003
 from collections.abc import Callable
@@ -126,15 +126,24 @@ def load_network(
     with redirect_stdout(io.StringIO()):
         return NETWORKS[name].load(path, device)
 
-def load_networks(
-    preset:Preset,
-    device='cpu'
-)->dict: # name in `NETWORKS` -> model
+def network_sources(
+    preset:Preset
+)->dict: # name in `NETWORKS` -> its weights
     "CLIP and CLAP of a preset, and its judges if it has any"
     sources = dict(clip=preset.clip, clap=preset.clap)
     if preset.judge:
         sources |= dict(picture_judge=f'{preset.judge}/picture', judge=f'{preset.judge}/sound')
-    return {name: load_network(name, weights_path(source), device) for name, source in sources.items()}
+    return sources
+
+def load_networks(
+    preset:Preset,
+    device='cpu'
+)->dict: # name in `NETWORKS` -> model
+    "All of them, loaded"
+    networks = {}
+    for name, source in network_sources(preset).items():
+        networks[name] = load_network(name, weights_path(source), device)
+    return networks
 
 # %% ../../nbs/evaluation/09_outputs.ipynb #a8010010
 def run_on_arrays(

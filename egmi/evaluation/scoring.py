@@ -4,20 +4,28 @@
 
 # %% auto #0
 __all__ = ['SET_DISTANCES', 'set_distances', 'inception_columns', 'clap_text_audio', 'factor_columns', 'run_judges', 'References',
-           'judge_references', 'embed_pictures', 'score_references', 'cosine_columns', 'judge_columns', 'score_samples',
-           'mean_scores', 'score_factors', 'edit_factors', 'score_edits']
+           'judge_references', 'embed_pictures', 'score_references', 'outputs_file', 'write_outputs', 'keep_outputs',
+           'run_on_samples', 'cosine_columns', 'judge_columns', 'score_samples', 'mean_scores', 'score_factors',
+           'edit_factors', 'score_edits']
 
 # %% ../../nbs/evaluation/10_scoring.ipynb #061664a1
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+import hashlib
 
 import numpy as np
 
 from ..base.audio import SAMPLE_RATE
+from ..base.files import read_arrays, write_arrays
+from ..base.processes import ALONE
+from ..base.work import code_hash
 from .judge import Judge, correct_factors
 from .metrics import (
     cosine_similarity, frechet_distance, inception_score, kernel_distance, mel_cepstral_distortion)
-from .outputs import run_clip, run_on_arrays
-from .samples import Samples
+from .outputs import (
+    MODULE, NETWORKS, files_hash, load_network, run_clip, run_on_arrays, weights_path)
+from .samples import PART_SIZE, Samples, make_missing, part_file, part_rows
 from ..toybox.scenes import labels
 
 # %% ../../nbs/evaluation/10_scoring.ipynb #682a8ddd
@@ -146,18 +154,71 @@ def score_references(
         audio_features_ND=audio_features_ND,
         labels_NF=labels_NF)
 
+# %% ../../nbs/evaluation/10_scoring.ipynb #ac3798a5
+def outputs_file(
+    name:str,  # in `NETWORKS`
+    source:str # its weights
+)->str:        # as `part_file` takes it
+    "What the file of a network's outputs is called, with these weights and this code"
+    decisive = files_hash(weights_path(source)) + code_hash([MODULE])
+    digest = hashlib.sha256(decisive.encode()).hexdigest()
+    return f'{name}-{digest[:12]}.npz'
+
+def write_outputs(
+    file:Path,
+    samples:Samples,
+    rows:slice, # of the samples
+    name:str,   # in `NETWORKS`
+    source:str, # its weights
+    device
+):
+    "Write what a network gives for some samples"
+    inputs = samples.audio if NETWORKS[name].rate else samples.images
+    model = load_network(name, weights_path(source), device)
+    write_arrays(file, run_on_arrays(name, model, inputs[rows], samples.sample_rate))
+
+# %% ../../nbs/evaluation/10_scoring.ipynb #422e8cb8
+def keep_outputs(
+    samples:Samples, # N of them
+    name:str,        # in `NETWORKS`
+    source:str,      # its weights
+    device,
+    processes=ALONE  # that share the parts
+)->dict:             # part of the outputs -> [N, D]
+    "Outputs of one network, which is run where they are missing"
+    what = outputs_file(name, source)
+    makers = {}
+    for rows in part_rows(len(samples), PART_SIZE):
+        file = part_file(samples.path, rows, what)
+        makers[file] = partial(write_outputs, file, samples, rows, name, source, device)
+    make_missing(makers, read_arrays, processes)
+    kept = [read_arrays(file) for file in makers]
+    return {part: np.concatenate([arrays[part] for arrays in kept]) for part in kept[0]}
+
+def run_on_samples(
+    samples:Samples, # N of them
+    sources:dict,    # name in `NETWORKS` -> its weights
+    device='cpu',
+    processes=ALONE  # that share the parts
+)->dict:             # name -> part of the outputs -> [N, D]
+    "Outputs of networks for samples, kept beside their files; none for pictures that there are not"
+    outputs = {}
+    for name, source in sources.items():
+        if NETWORKS[name].rate or samples.images is not None:
+            outputs[name] = keep_outputs(samples, name, source, device, processes)
+    return outputs
+
 # %% ../../nbs/evaluation/10_scoring.ipynb #a8010019
 def cosine_columns(
-    networks:dict, # from `load_networks`
-    samples:Samples,
+    outputs:dict, # from `run_on_samples`
     references:References
-)->dict:           # column -> [N]
+)->dict:          # column -> [N]
     "Cosines of pictures and sounds with their captions, and of pictures with the pictures described"
-    image_ND = run_clip(networks['clip'], samples.images)['embedding']
-    audio_ND = run_on_arrays('clap', networks['clap'], samples.audio, samples.sample_rate)['embedding']
+    image_ND = outputs['clip']['embedding']
     columns = dict(clip_text_image=cosine_similarity(image_ND, references.clip_text_ND))
     if references.clip_image_ND is not None:
         columns['clip_image_image'] = cosine_similarity(image_ND, references.clip_image_ND)
+    audio_ND = outputs['clap']['embedding']
     columns['clap_text_audio'] = cosine_similarity(audio_ND, references.clap_text_ND)
     return columns
 
@@ -175,21 +236,19 @@ def judge_columns(
 
 # %% ../../nbs/evaluation/10_scoring.ipynb #c1800007
 def score_samples(
-    networks:dict,   # from `load_networks`
-    samples:Samples, # N of them
+    outputs:dict, # from `run_on_samples`, for N samples
     references:References
-)->dict:             # column -> [N], or one number for the set
+)->dict:          # column -> [N], or one number for the set
     "All columns of what one system made"
-    if len(samples.images) != len(references):
-        raise ValueError(
-            f'{len(samples.images)} samples for {len(references)} references: each needs its own')
-    columns = cosine_columns(networks, samples, references)
-    if references.labels_NF is None:
-        return columns
-    of_images, of_audio = run_judges(networks, samples.images, samples.audio, samples.sample_rate)
+    n = len(outputs['clip']['embedding'])
+    if n != len(references):
+        raise ValueError(f'{n} samples for {len(references)} references: each needs its own')
+    columns = cosine_columns(outputs, references)
     labels_NF = references.labels_NF
-    columns |= judge_columns(of_images, references.image_features_ND, labels_NF, 'image')
-    return columns | judge_columns(of_audio, references.audio_features_ND, labels_NF, 'audio')
+    if labels_NF is None:
+        return columns
+    columns |= judge_columns(outputs['picture_judge'], references.image_features_ND, labels_NF, 'image')
+    return columns | judge_columns(outputs['judge'], references.audio_features_ND, labels_NF, 'audio')
 
 def mean_scores(
     columns:dict # from `score_samples`
@@ -199,14 +258,12 @@ def mean_scores(
 
 # %% ../../nbs/evaluation/10_scoring.ipynb #c1800009
 def score_factors(
-    networks:dict, # from `load_networks`
-    samples:Samples,
-    labels_NF      # classes of the factors that were described
-)->dict:           # {factor}_{modality} -> 1 or 0 [N]
+    outputs:dict, # from `run_on_samples`, of the judges at least
+    labels_NF     # classes of the factors that were described
+)->dict:          # {factor}_{modality} -> 1 or 0 [N]
     "Which factors of pictures and sounds the judges classify as they were described"
-    of_images, of_audio = run_judges(networks, samples.images, samples.audio, samples.sample_rate)
-    columns = factor_columns(of_images, labels_NF, 'image')
-    return columns | factor_columns(of_audio, labels_NF, 'audio')
+    columns = factor_columns(outputs['picture_judge'], labels_NF, 'image')
+    return columns | factor_columns(outputs['judge'], labels_NF, 'audio')
 
 # %% ../../nbs/evaluation/10_scoring.ipynb #b348c9be
 def edit_factors(
