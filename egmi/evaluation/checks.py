@@ -108,7 +108,7 @@ def bytes_written(
     config = MapperConfig(**preset.mapper)
     with torch.device('meta'):
         sizes = [count_parameters(kind(config)) for kind in (MAPPERS | BASELINES).values()]
-    mapper_bytes = 3 * 4 * max(sizes)
+    mapper_bytes = (3 * 4 + 2) * max(sizes) # checkpoint, and half precision
     sound_bytes = 4 * round(SAMPLE_RATE * preset.seconds)
     made = pictures * preset.picture_bytes + sounds * sound_bytes
     scored = (pictures + sounds) * OUTPUT_BYTES

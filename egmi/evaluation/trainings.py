@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_pairs', 'read_pairs', 'training_recipe', 'fit_config', 'changes', 'begin_training', 'read_recipe', 'Trained',
            'full_name', 'JointTraining', 'has_pictures', 'find_training', 'check_system', 'load_training',
-           'check_held_out', 'samples_folder']
+           'check_held_out', 'samples_folder', 'sample_name']
 
 # %% ../../nbs/evaluation/13_trainings.ipynb #903a44cc
 from contextlib import suppress
@@ -56,14 +56,14 @@ def check_pairs(
         raise ValueError(f'samples: no caption of {data} is held out, all are trained on: '
                          'leave --samples out')
 
-# %% ../../nbs/evaluation/13_trainings.ipynb #4a71c9cf
+# %% ../../nbs/evaluation/13_trainings.ipynb #6caca1c5
 def read_pairs(
     preset:Preset,
-    data:str,         # folder; empty is Toybox
-    n_train:int|None, # pairs to train on; None is all
-    n_test:int|None,  # held-out captions; None is all
-    n_vocabulary:int, # held-out captions in new words, for presets with a judge
-    max_bad:float     # share of the files that may be missing or broken
+    data:str,           # folder; empty is Toybox
+    n_train:int|None,   # pairs to train on; None is all
+    n_test:int|None=0,  # held-out captions; None is all
+    n_vocabulary:int=0, # held-out captions in new words, for presets with a judge
+    max_bad:float=.01   # share of the files that may be missing or broken
 )->dict:              # split -> examples
     "Pairs to train on as `train`, and held-out captions"
     if not data:
@@ -375,12 +375,11 @@ def check_held_out(
             raise ValueError(f'{e.id} is held out here, but the systems in {folder} were trained on it '
                              f'(pairs {recipe["ids"]}): give the corpus that they were trained on')
 
-# %% ../../nbs/evaluation/13_trainings.ipynb #9b771f30
+# %% ../../nbs/evaluation/13_trainings.ipynb #ba706bd1
 def samples_folder(
-    run:Experiment,
-    folder,            # of trained systems
-    held_out:dict,     # split -> examples
-    sampling_steps     # denoising steps; None is each generator's own
+    run:Experiment, # whose preset says how many denoising steps
+    folder,         # of trained systems
+    held_out:dict   # split -> examples
 )->Path:
     "Where the samples that trained systems make of held-out captions are kept"
     captions = {}
@@ -388,5 +387,13 @@ def samples_folder(
         captions[split] = [(e.id, e.caption) for e in examples]
     files = sorted(Path(folder).glob('*/model.safetensors'))
     systems = {file.parent.name: file_hash(file) for file in files}
-    inputs = dict(systems=systems, captions=captions, sampling_steps=sampling_steps)
+    steps = [run.preset.steps_image, run.preset.steps_audio]
+    inputs = dict(systems=systems, captions=captions, steps=steps)
     return run.keep('generation', inputs, 'egmi.evaluation.samples', root=Path(folder)/'samples')
+
+def sample_name(
+    system:str,
+    seed:int
+)->str:
+    "How the names of the files begin that hold a system's samples; a split follows"
+    return f'{system}-{seed}'
