@@ -92,7 +92,8 @@ def test_sounds_of_audiocaps_are_compared_with_their_own_captions(finished, tabl
     text_ND = clap.embed_texts([scene.caption for scene in toybox('validation', 4)])
     clips = pd.read_csv(finished/'clips.csv').query('split == "audiocaps"')
     ceiling, floor = ANCHORS
-    for system, files, shift in [('EGMI mapper', 'EGMI mapper-0', 0), (ceiling, ceiling, 0), (floor, ceiling, 1)]:
+    sources = [('EGMI mapper', 'EGMI mapper-0', 0), (ceiling, ceiling, 0), (floor, ceiling, 1)]
+    for system, files, shift in sources:
         path, = cache.glob(f'ablation/generation/*/{files}-audiocaps-0-4-audio.npy')
         audio_ND = run_on_arrays('clap', clap, np.load(path), 16_000)['embedding']
         described_ND = np.roll(text_ND, -shift, axis=0)
