@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['UNKNOWN', 'H100', 'MATMUL_TFLOPS', 'RTX_4090_TFLOPS', 'RTX_4090', 'LAPTOP', 'PUBLISHED', 'RATES', 'CARDS', 'MEMORY',
-           'TAIL_ROWS', 'COCO_PAIRS', 'COCO_PICTURES', 'AUDIOCAPS_CLIPS', 'STRENGTHS', 'Rates', 'slow_down',
-           'find_rates', 'nearest_card', 'known', 'cost_row', 'Cost', 'format_seconds', 'format_gib', 'at_batch',
-           'step_seconds', 'step_gib', 'disk_space', 'weight_rows', 'training_rows', 'room_notes', 'make_cost',
-           'estimate_training', 'sample_rows', 'rest_row', 'estimate_ablation', 'estimate_text_to_audio',
-           'estimate_audio_editing']
+           'TAIL_ROWS', 'STRENGTHS', 'Rates', 'slow_down', 'find_rates', 'nearest_card', 'known', 'cost_row', 'Cost',
+           'format_seconds', 'format_gib', 'at_batch', 'step_seconds', 'step_gib', 'disk_space', 'weight_rows',
+           'training_rows', 'room_notes', 'make_cost', 'estimate_training', 'sample_rows', 'rest_row',
+           'estimate_ablation', 'estimate_text_to_audio', 'estimate_audio_editing']
 
 # %% ../../nbs/evaluation/14_costs.ipynb #27278e3d
 from dataclasses import dataclass, field, replace
@@ -26,18 +25,19 @@ class Rates:
     "Time and memory of units of work on one machine; nan where nobody has measured"
     source:str                # where the numbers come from
     card_gib:float = nan      # memory of the GPU that can be filled
+    llm_gib:float = nan       # of the LLM, which stays there all the time
     features_s:float = nan    # pictures embedded in a second
-    features_gib:float = nan  # of the GPU at most, as all that follow
+    features_gib:float = nan  # memory of the GPU, without the LLM
     targets_ms:float = nan    # of the text encoders' outputs for one caption
     batches:tuple = (1,)      # prompts in a training step, for the next three
     step_ms:tuple = (nan,)    # of a step with one system
     further_ms:tuple = (nan,) # and of each system more
-    step_gib:tuple = (nan,)   # with one system
+    step_gib:tuple = (nan,)   # with one system and the LLM
     pair_gib:float = nan      # more for each prompt of a further system that runs at the same time
     picture_ms:float = nan    # of a denoising step, with guidance
-    picture_gib:float = nan
+    picture_gib:float = nan   # without the LLM
     sound_ms:float = nan      # the same of a sound
-    sound_gib:float = nan
+    sound_gib:float = nan     # without the LLM
     edit_ms:float = nan       # of a sound that is edited, beside its denoising steps
     host_gib:float = nan      # of the process
     rest_ms:dict = field(default_factory=dict) # experiment -> of all else, for each sound that is made
@@ -48,6 +48,7 @@ UNKNOWN = Rates('nothing was measured for this preset on this card')
 H100 = Rates(
     source='NVIDIA H100 80GB HBM3 with 16 CPU cores, 2026-11-27, commit 3fcec1b, runs/gpu/benchmarks.csv',
     card_gib=78,
+    llm_gib=2 * 6_738_423_808 / 2**30,
     features_s=984.62,
     features_gib=4.5333,
     batches=(8, 64, 128),
@@ -91,6 +92,7 @@ RTX_4090 = slow_down(
 LAPTOP = Rates(
     source='two CPU cores (Intel Xeon), 2026-11-27, runs/mini/*/run.json',
     card_gib=0,
+    llm_gib=0,
     features_s=1600 / 4.37,
     features_gib=0,
     targets_ms=1e3 * 1.42 / 1792,
@@ -322,7 +324,7 @@ def training_rows(
     host_gib = processes * rates.host_gib
     features = cost_row(
         'features', n_pictures, 'pictures', n_pictures / rates.features_s / processes,
-        rates.features_gib, host_gib, disk_space(preset, features=n_pictures))
+        rates.llm_gib + rates.features_gib, host_gib, disk_space(preset, features=n_pictures))
     targets = cost_row('targets', n_pairs, 'captions', n_pairs * rates.targets_ms / 1e3 / processes)
     batch = recipe['batch_size']
     steps = recipe['steps'] or ceil(n_pairs / batch)
@@ -381,12 +383,7 @@ def estimate_training(
     rows += training_rows(preset, recipe, n_pairs, n_pictures, systems, processes, rates)
     return make_cost('training', preset, card, processes, rows, recipe)
 
-# %% ../../nbs/evaluation/14_costs.ipynb #f9e0cf4c
-COCO_PAIRS = 591_753    # captions of train2017
-COCO_PICTURES = 118_287
-AUDIOCAPS_CLIPS = 964   # of the test part, as AudioLDM was evaluated on
-
-# %% ../../nbs/evaluation/14_costs.ipynb #a238b8ad
+# %% ../../nbs/evaluation/14_costs.ipynb #4da605a9
 def sample_rows(
     preset:Preset, # says how many denoising steps
     n_pictures:int,
@@ -401,10 +398,10 @@ def sample_rows(
     rows = [
         cost_row(
             'pictures', n_pictures, f'of {preset.steps_image} steps', n_pictures * picture_s / processes,
-            rates.picture_gib, host_gib, disk_space(preset, pictures=n_pictures)),
+            rates.llm_gib + rates.picture_gib, host_gib, disk_space(preset, pictures=n_pictures)),
         cost_row(
             'sounds', n_sounds, f'of {preset.steps_audio} steps', n_sounds * sound_s / processes,
-            rates.sound_gib, host_gib, disk_space(preset, sounds=n_sounds))]
+            rates.llm_gib + rates.sound_gib, host_gib, disk_space(preset, sounds=n_sounds))]
     return [row for row in rows if row['amount']]
 
 def rest_row(
@@ -462,7 +459,7 @@ def estimate_text_to_audio(
     rows.append(rest_row('text_to_audio', n_sounds, rates))
     return make_cost('Table 1', preset, card, processes, rows, recipe)
 
-# %% ../../nbs/evaluation/14_costs.ipynb #8d10d5d4
+# %% ../../nbs/evaluation/14_costs.ipynb #b65eb665
 STRENGTHS = (.2, .4, .6, .8, 1.)
 
 def estimate_audio_editing(
@@ -483,7 +480,7 @@ def estimate_audio_editing(
     generations = edited * strength + of_curve * sum(strengths) + 2 * n_data
     made_ms = generations * preset.steps_audio * rates.sound_ms + n_sounds * rates.edit_ms
     edits = cost_row(
-        'edits', n_sounds, f'of up to {preset.steps_audio} steps', made_ms / 1e3, rates.sound_gib,
-        rates.host_gib, disk_space(preset, sounds=n_sounds))
+        'edits', n_sounds, f'of up to {preset.steps_audio} steps', made_ms / 1e3,
+        rates.llm_gib + rates.sound_gib, rates.host_gib, disk_space(preset, sounds=n_sounds))
     rows = [*weight_rows(preset, 1), edits, rest_row('audio_editing', n_sounds, rates)]
     return make_cost('Table 2', preset, card, 1, rows)
