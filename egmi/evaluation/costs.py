@@ -41,6 +41,7 @@ class Rates:
     edit_ms:float = nan       # of a sound that is edited, beside its denoising steps
     host_gib:float = nan      # of the process
     rest_ms:dict = field(default_factory=dict) # experiment -> of all else, for each sound that is made
+    rest_gib:float = nan      # of targets and all else, without the LLM
 
 UNKNOWN = Rates('nothing was measured for this preset on this card')
 
@@ -111,6 +112,7 @@ LAPTOP = Rates(
         ablation=1e3 * (23.3 + 19.15) / 1920,
         text_to_audio=1e3 * (1.79 + 9.33 + 15.39 + 46.51 + 31.5) / 1536,
         audio_editing=1e3 * (2.19 + 82.42 + 26.77) / 992),
+    rest_gib=0,
 )
 
 # %% ../../nbs/evaluation/14_costs.ipynb #e855d1e1
@@ -161,7 +163,7 @@ def cost_row(
     row = dict(what=what, amount=amount, unit=unit)
     return row | {name: known(number) for name, number in numbers.items()}
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Cost:
     "What some work takes"
     title:str
@@ -241,7 +243,7 @@ def table(self:Cost)->pd.DataFrame:
     return pd.DataFrame(lines, columns=['', 'amount', 'time', 'GPU GiB', 'host GiB', 'disk GiB'])
 
 @patch
-def __str__(self:Cost)->str:
+def __repr__(self:Cost)->str:
     return '\n'.join([self.title, self.table.to_string(index=False), *self.notes])
 
 @patch
@@ -296,7 +298,8 @@ def disk_space(
 
 def weight_rows(
     preset:Preset,
-    processes:int
+    processes:int,
+    rates:Rates
 )->list: # empty where the package has the weights
     "The published weights"
     from egmi.evaluation.checks import bytes_held
@@ -307,7 +310,7 @@ def weight_rows(
     gigabytes = sum(source.gigabytes for source in sources)
     held = sum(bytes_held(preset, sources, 'cuda'))
     return [cost_row(
-        'weights', len(sources), 'parts', host_gib=processes * held / 2**30,
+        'weights', len(sources), 'parts', gpu_gib=rates.llm_gib, host_gib=processes * held / 2**30,
         disk_gib=gigabytes * 1e9 / 2**30)]
 
 # %% ../../nbs/evaluation/14_costs.ipynb #93c816c5
@@ -325,7 +328,9 @@ def training_rows(
     features = cost_row(
         'features', n_pictures, 'pictures', n_pictures / rates.features_s / processes,
         rates.llm_gib + rates.features_gib, host_gib, disk_space(preset, features=n_pictures))
-    targets = cost_row('targets', n_pairs, 'captions', n_pairs * rates.targets_ms / 1e3 / processes)
+    targets = cost_row(
+        'targets', n_pairs, 'captions', n_pairs * rates.targets_ms / 1e3 / processes,
+        rates.llm_gib + rates.rest_gib, host_gib)
     batch = recipe['batch_size']
     steps = recipe['steps'] or ceil(n_pairs / batch)
     own = ceil(batch / processes) # pairs of a process
@@ -379,7 +384,7 @@ def estimate_training(
 )->Cost:
     "What it takes to train mappers"
     rates = find_rates(preset, card)
-    rows = weight_rows(preset, processes)
+    rows = weight_rows(preset, processes, rates)
     rows += training_rows(preset, recipe, n_pairs, n_pictures, systems, processes, rates)
     return make_cost('training', preset, card, processes, rows, recipe)
 
@@ -410,8 +415,9 @@ def rest_row(
     rates:Rates
 )->dict:
     "All else that an experiment does"
-    each_ms = rates.rest_ms.get(experiment, nan)
-    return cost_row('loading, scores', n_sounds, 'sounds', n_sounds * each_ms / 1e3, host_gib=rates.host_gib)
+    seconds = n_sounds * rates.rest_ms.get(experiment, nan) / 1e3
+    return cost_row(
+        'loading, scores', n_sounds, 'sounds', seconds, rates.llm_gib + rates.rest_gib, rates.host_gib)
 
 # %% ../../nbs/evaluation/14_costs.ipynb #d1684604
 def estimate_ablation(
@@ -427,7 +433,7 @@ def estimate_ablation(
 )->Cost:
     "Table 3"
     rates = find_rates(preset, card)
-    rows = weight_rows(preset, processes)
+    rows = weight_rows(preset, processes, rates)
     if recipe:
         rows += training_rows(preset, recipe, n_pairs, n_pictures, systems, processes, rates)
     made = systems + 1 # the text encoders are one
@@ -450,7 +456,7 @@ def estimate_text_to_audio(
 )->Cost:
     "Table 1"
     rates = find_rates(preset, card)
-    rows = weight_rows(preset, processes)
+    rows = weight_rows(preset, processes, rates)
     if recipe:
         first = training_rows(preset, recipe, n_pairs, n_pictures, 1, processes, rates)
         rows += first + first[1:] # features are kept on disk
@@ -482,5 +488,5 @@ def estimate_audio_editing(
     edits = cost_row(
         'edits', n_sounds, f'of up to {preset.steps_audio} steps', made_ms / 1e3,
         rates.llm_gib + rates.sound_gib, rates.host_gib, disk_space(preset, sounds=n_sounds))
-    rows = [*weight_rows(preset, 1), edits, rest_row('audio_editing', n_sounds, rates)]
+    rows = [*weight_rows(preset, 1, rates), edits, rest_row('audio_editing', n_sounds, rates)]
     return make_cost('Table 2', preset, card, 1, rows)
