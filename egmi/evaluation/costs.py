@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['UNKNOWN', 'H100', 'MATMUL_TFLOPS', 'RTX_4090_TFLOPS', 'RTX_4090', 'LAPTOP', 'PUBLISHED', 'RATES', 'CARDS', 'MEMORY',
-           'TAIL_ROWS', 'COCO_PAIRS', 'COCO_PICTURES', 'AUDIOCAPS_CLIPS', 'STRENGTHS', 'Rates', 'slow_down',
-           'find_rates', 'nearest_card', 'known', 'cost_row', 'Cost', 'format_seconds', 'format_gib', 'at_batch',
-           'step_seconds', 'step_gib', 'disk_space', 'weight_rows', 'training_rows', 'room_notes', 'make_cost',
-           'estimate_training', 'sample_rows', 'rest_row', 'estimate_ablation', 'estimate_text_to_audio',
-           'estimate_audio_editing']
+           'TAIL_ROWS', 'STRENGTHS', 'Rates', 'slow_down', 'find_rates', 'nearest_card', 'known', 'cost_row', 'Cost',
+           'format_seconds', 'format_gib', 'at_batch', 'step_seconds', 'step_gib', 'disk_space', 'weight_rows',
+           'training_rows', 'room_notes', 'make_cost', 'estimate_training', 'sample_rows', 'rest_row',
+           'estimate_ablation', 'estimate_text_to_audio', 'estimate_audio_editing']
 
 # %% ../../nbs/evaluation/14_costs.ipynb #27278e3d
 from dataclasses import dataclass, field, replace
@@ -26,21 +25,23 @@ class Rates:
     "Time and memory of units of work on one machine; nan where nobody has measured"
     source:str                # where the numbers come from
     card_gib:float = nan      # memory of the GPU that can be filled
+    llm_gib:float = nan       # of the LLM, which stays there all the time
     features_s:float = nan    # pictures embedded in a second
-    features_gib:float = nan  # of the GPU at most, as all that follow
+    features_gib:float = nan  # memory of the GPU, without the LLM
     targets_ms:float = nan    # of the text encoders' outputs for one caption
     batches:tuple = (1,)      # prompts in a training step, for the next three
     step_ms:tuple = (nan,)    # of a step with one system
     further_ms:tuple = (nan,) # and of each system more
-    step_gib:tuple = (nan,)   # with one system
+    step_gib:tuple = (nan,)   # with one system and the LLM
     pair_gib:float = nan      # more for each prompt of a further system that runs at the same time
     picture_ms:float = nan    # of a denoising step, with guidance
-    picture_gib:float = nan
+    picture_gib:float = nan   # without the LLM
     sound_ms:float = nan      # the same of a sound
-    sound_gib:float = nan
+    sound_gib:float = nan     # without the LLM
     edit_ms:float = nan       # of a sound that is edited, beside its denoising steps
     host_gib:float = nan      # of the process
     rest_ms:dict = field(default_factory=dict) # experiment -> of all else, for each sound that is made
+    rest_gib:float = nan      # of targets and all else, without the LLM
 
 UNKNOWN = Rates('nothing was measured for this preset on this card')
 
@@ -48,6 +49,7 @@ UNKNOWN = Rates('nothing was measured for this preset on this card')
 H100 = Rates(
     source='NVIDIA H100 80GB HBM3 with 16 CPU cores, 2026-11-27, commit 3fcec1b, runs/gpu/benchmarks.csv',
     card_gib=78,
+    llm_gib=2 * 6_738_423_808 / 2**30,
     features_s=984.62,
     features_gib=4.5333,
     batches=(8, 64, 128),
@@ -91,6 +93,7 @@ RTX_4090 = slow_down(
 LAPTOP = Rates(
     source='two CPU cores (Intel Xeon), 2026-11-27, runs/mini/*/run.json',
     card_gib=0,
+    llm_gib=0,
     features_s=1600 / 4.37,
     features_gib=0,
     targets_ms=1e3 * 1.42 / 1792,
@@ -109,6 +112,7 @@ LAPTOP = Rates(
         ablation=1e3 * (23.3 + 19.15) / 1920,
         text_to_audio=1e3 * (1.79 + 9.33 + 15.39 + 46.51 + 31.5) / 1536,
         audio_editing=1e3 * (2.19 + 82.42 + 26.77) / 992),
+    rest_gib=0,
 )
 
 # %% ../../nbs/evaluation/14_costs.ipynb #e855d1e1
@@ -159,7 +163,7 @@ def cost_row(
     row = dict(what=what, amount=amount, unit=unit)
     return row | {name: known(number) for name, number in numbers.items()}
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Cost:
     "What some work takes"
     title:str
@@ -239,7 +243,7 @@ def table(self:Cost)->pd.DataFrame:
     return pd.DataFrame(lines, columns=['', 'amount', 'time', 'GPU GiB', 'host GiB', 'disk GiB'])
 
 @patch
-def __str__(self:Cost)->str:
+def __repr__(self:Cost)->str:
     return '\n'.join([self.title, self.table.to_string(index=False), *self.notes])
 
 @patch
@@ -294,7 +298,8 @@ def disk_space(
 
 def weight_rows(
     preset:Preset,
-    processes:int
+    processes:int,
+    rates:Rates
 )->list: # empty where the package has the weights
     "The published weights"
     from egmi.evaluation.checks import bytes_held
@@ -305,7 +310,7 @@ def weight_rows(
     gigabytes = sum(source.gigabytes for source in sources)
     held = sum(bytes_held(preset, sources, 'cuda'))
     return [cost_row(
-        'weights', len(sources), 'parts', host_gib=processes * held / 2**30,
+        'weights', len(sources), 'parts', gpu_gib=rates.llm_gib, host_gib=processes * held / 2**30,
         disk_gib=gigabytes * 1e9 / 2**30)]
 
 # %% ../../nbs/evaluation/14_costs.ipynb #93c816c5
@@ -322,8 +327,10 @@ def training_rows(
     host_gib = processes * rates.host_gib
     features = cost_row(
         'features', n_pictures, 'pictures', n_pictures / rates.features_s / processes,
-        rates.features_gib, host_gib, disk_space(preset, features=n_pictures))
-    targets = cost_row('targets', n_pairs, 'captions', n_pairs * rates.targets_ms / 1e3 / processes)
+        rates.llm_gib + rates.features_gib, host_gib, disk_space(preset, features=n_pictures))
+    targets = cost_row(
+        'targets', n_pairs, 'captions', n_pairs * rates.targets_ms / 1e3 / processes,
+        rates.llm_gib + rates.rest_gib, host_gib)
     batch = recipe['batch_size']
     steps = recipe['steps'] or ceil(n_pairs / batch)
     own = ceil(batch / processes) # pairs of a process
@@ -377,16 +384,11 @@ def estimate_training(
 )->Cost:
     "What it takes to train mappers"
     rates = find_rates(preset, card)
-    rows = weight_rows(preset, processes)
+    rows = weight_rows(preset, processes, rates)
     rows += training_rows(preset, recipe, n_pairs, n_pictures, systems, processes, rates)
     return make_cost('training', preset, card, processes, rows, recipe)
 
-# %% ../../nbs/evaluation/14_costs.ipynb #f9e0cf4c
-COCO_PAIRS = 591_753    # captions of train2017
-COCO_PICTURES = 118_287
-AUDIOCAPS_CLIPS = 964   # of the test part, as AudioLDM was evaluated on
-
-# %% ../../nbs/evaluation/14_costs.ipynb #a238b8ad
+# %% ../../nbs/evaluation/14_costs.ipynb #4da605a9
 def sample_rows(
     preset:Preset, # says how many denoising steps
     n_pictures:int,
@@ -401,10 +403,10 @@ def sample_rows(
     rows = [
         cost_row(
             'pictures', n_pictures, f'of {preset.steps_image} steps', n_pictures * picture_s / processes,
-            rates.picture_gib, host_gib, disk_space(preset, pictures=n_pictures)),
+            rates.llm_gib + rates.picture_gib, host_gib, disk_space(preset, pictures=n_pictures)),
         cost_row(
             'sounds', n_sounds, f'of {preset.steps_audio} steps', n_sounds * sound_s / processes,
-            rates.sound_gib, host_gib, disk_space(preset, sounds=n_sounds))]
+            rates.llm_gib + rates.sound_gib, host_gib, disk_space(preset, sounds=n_sounds))]
     return [row for row in rows if row['amount']]
 
 def rest_row(
@@ -413,8 +415,9 @@ def rest_row(
     rates:Rates
 )->dict:
     "All else that an experiment does"
-    each_ms = rates.rest_ms.get(experiment, nan)
-    return cost_row('loading, scores', n_sounds, 'sounds', n_sounds * each_ms / 1e3, host_gib=rates.host_gib)
+    seconds = n_sounds * rates.rest_ms.get(experiment, nan) / 1e3
+    return cost_row(
+        'loading, scores', n_sounds, 'sounds', seconds, rates.llm_gib + rates.rest_gib, rates.host_gib)
 
 # %% ../../nbs/evaluation/14_costs.ipynb #d1684604
 def estimate_ablation(
@@ -430,7 +433,7 @@ def estimate_ablation(
 )->Cost:
     "Table 3"
     rates = find_rates(preset, card)
-    rows = weight_rows(preset, processes)
+    rows = weight_rows(preset, processes, rates)
     if recipe:
         rows += training_rows(preset, recipe, n_pairs, n_pictures, systems, processes, rates)
     made = systems + 1 # the text encoders are one
@@ -453,7 +456,7 @@ def estimate_text_to_audio(
 )->Cost:
     "Table 1"
     rates = find_rates(preset, card)
-    rows = weight_rows(preset, processes)
+    rows = weight_rows(preset, processes, rates)
     if recipe:
         first = training_rows(preset, recipe, n_pairs, n_pictures, 1, processes, rates)
         rows += first + first[1:] # features are kept on disk
@@ -462,7 +465,7 @@ def estimate_text_to_audio(
     rows.append(rest_row('text_to_audio', n_sounds, rates))
     return make_cost('Table 1', preset, card, processes, rows, recipe)
 
-# %% ../../nbs/evaluation/14_costs.ipynb #8d10d5d4
+# %% ../../nbs/evaluation/14_costs.ipynb #b65eb665
 STRENGTHS = (.2, .4, .6, .8, 1.)
 
 def estimate_audio_editing(
@@ -483,7 +486,7 @@ def estimate_audio_editing(
     generations = edited * strength + of_curve * sum(strengths) + 2 * n_data
     made_ms = generations * preset.steps_audio * rates.sound_ms + n_sounds * rates.edit_ms
     edits = cost_row(
-        'edits', n_sounds, f'of up to {preset.steps_audio} steps', made_ms / 1e3, rates.sound_gib,
-        rates.host_gib, disk_space(preset, sounds=n_sounds))
-    rows = [*weight_rows(preset, 1), edits, rest_row('audio_editing', n_sounds, rates)]
+        'edits', n_sounds, f'of up to {preset.steps_audio} steps', made_ms / 1e3,
+        rates.llm_gib + rates.sound_gib, rates.host_gib, disk_space(preset, sounds=n_sounds))
+    rows = [*weight_rows(preset, 1, rates), edits, rest_row('audio_editing', n_sounds, rates)]
     return make_cost('Table 2', preset, card, 1, rows)
