@@ -299,6 +299,8 @@ def run_request(
     recipe = make_recipe(request, pairs)
     finished = (request.out/'run.json').exists()
     begin_training(request.out, pairs, recipe, request.command, processes)
+    if processes.is_main:
+        run.start(recipe, request.out)
     if finished:
         find_training(request.out, request.preset.name)
     if not finished or request.samples:
