@@ -219,6 +219,7 @@ class Experiment:
         self.seconds = {} # stage -> seconds
         self.memory = {}  # stage -> GiB of machine and GPU
         self.folders = {} # stage -> folder of its work
+        self.out = None   # folder of the results, once the run may start
 
 # %% ../../nbs/evaluation/07_experiment.ipynb #ed7e8826
 SCORERS = ('clip', 'clap', 'judge', 'classifiers') # fields of `Preset` whose networks make nothing
@@ -266,13 +267,15 @@ def stage(
     self:Experiment,
     name:str
 ):
-    "Time a block and watch its memory, and keep the seconds where the stage's work is kept"
+    "Time a block and watch its memory; the seconds are kept beside the stage's work, all stages in stages.json"
     try:
         with time_stage(self.seconds, name), watch_memory(self.memory, name, self.device):
             yield
     finally:
         if name in self.folders:
             write_json(self.folders[name]/'seconds.json', {name: self.seconds[name]})
+        if self.out:
+            write_json(self.out/'stages.json', dict(seconds=self.seconds, memory=self.memory))
 
 # %% ../../nbs/evaluation/07_experiment.ipynb #85ee9784
 @patch
@@ -337,6 +340,7 @@ def save_record(
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     record |= dict(memory=self.memory, peak_memory_gib=round(peak, 2)) | results
     write_json(self.out/'run.json', record)
+    (self.out/'stages.json').unlink(missing_ok=True)
     minutes = sum(self.seconds.values()) / 60
     print(self.stage_table().to_string())
     print(f'{minutes:.1f} minutes of computing, {peak:.2f} GiB at most; files in {self.out}')

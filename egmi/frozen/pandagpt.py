@@ -173,6 +173,11 @@ def embed_prompts(
 
 # %% ../../nbs/frozen/06_pandagpt.ipynb #3f935c4c
 @patch
+def rest(self:PandaGPT):
+    "Have ImageBind wait in host memory: a call that needs it brings it to the device of the LLM and back"
+    self.encoder.to('cpu')
+
+@patch
 @torch.no_grad()
 def image_features(
     self:PandaGPT,
