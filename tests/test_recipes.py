@@ -126,7 +126,7 @@ def test_table_1_takes_all_clips(open_recipe, coco, audiocaps, tmp_path):
     (dict(n_eval=6), 'has 5 held-out pictures, and 6 are asked for: ask for fewer$'),
     (dict(n_eval=5, n_train=8), 'has 7 captions to train on, and 8 are asked for: ask for fewer$'),
     (dict(n_eval=5, n_sounds=7), 'has 6 clips, and 7 are asked for: ask for fewer$'),
-    (dict(n_eval=1), '^n_eval must be 2 or more, not 1$')])
+    (dict(n_eval=1), '^n_eval must be 2 or more, not 1: intervals need 2 clips$')])
 def test_more_than_there_is_is_one_line(open_recipe, coco, audiocaps, parameters, message, tmp_path):
     with pytest.raises(ValueError, match=message) as raised:
         resolved('ablation', tmp_path, data=coco, sounds=audiocaps, **parameters)

@@ -134,7 +134,7 @@ def recipe_values(
     return values
 
 def check_sizes(
-    least:int, # that makes sense
+    least:int, # of clips that intervals need, or 1
     **sizes    # name -> value
 ):
     "ValueError unless each is a whole number of `least` or more, or None for all that is there"
@@ -143,7 +143,7 @@ def check_sizes(
             continue
         require_positive(**{name: size})
         if size < least:
-            raise ValueError(f'{name} must be {least} or more, not {size!r}')
+            raise ValueError(f'{name} must be {least} or more, not {size!r}: intervals need {least} clips')
 
 # %% ../../nbs/evaluation/07_experiment.ipynb #544f5855
 def with_steps(
