@@ -258,15 +258,17 @@ def load_audiocaps(
 AUDIOCAPS_CLIPS = 975 # of the test split as published
 
 def audiocaps_clips(
-    folder:str|Path, # with `test.csv` and `audio`, perhaps `ids.csv`
-    n:int=None,      # clips; None is all
-    **check          # `max_bad` and `decode` of `keep_good_examples`
-)->list:             # FileExample, one for each clip
-    "The first clips of AudioCaps' test split, each with its first caption"
+    folder:str|Path,  # with `test.csv` and `audio`, perhaps `ids.csv`
+    n:int=None,       # clips; None is all
+    max_bad:float=.01 # share of the captions that may be bad
+)->list:              # FileExample, one for each clip
+    "The first clips of AudioCaps' test split that are not silent, each with its first caption"
     folder = Path(folder)
     listed = next(folder.glob('ids.csv'), None)
+    examples = load_audiocaps(
+        folder/'test.csv', folder/'audio', listed, decode=True, max_bad=max_bad)
     clips = {}
-    for example in load_audiocaps(folder/'test.csv', folder/'audio', listed, **check):
+    for example in examples:
         clips.setdefault(example.audio_file, example)
     check_enough(clips, n, 'clips', folder)
     return list(clips.values())[:n]

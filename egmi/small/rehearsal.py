@@ -116,10 +116,11 @@ def write_corpora(
     "Small Toybox corpora in the public layouts"
     train = toybox('train', n_train)
     test = toybox('test', n_test)
+    sounds = toybox('validation', n_test)
     with replacing(folder) as beside:
         write_coco(beside/'coco', 'train2017', train)
         write_coco(beside/'coco', 'val2017', test)
-        write_audiocaps(beside/'audiocaps', 'test', test)
+        write_audiocaps(beside/'audiocaps', 'test', sounds)
         write_vctk(beside/'vctk', test)
         write_manifest(beside)
 
