@@ -466,8 +466,8 @@ def train_conditioners(
     first = min(len(training.losses) for training in trainings)
     size = config.batch_size
     errors = []
-    bar = tqdm(total=config.steps * size, initial=first * size, desc='training', unit=' samples',
-               disable=not processes.is_main)
+    shown = {} if processes.is_main else dict(disable=True)
+    bar = tqdm(total=config.steps * size, initial=first * size, desc='training', unit=' samples', **shown)
     with bar:
         for block in step_blocks(first, config):
             active = tuple(t for t in trainings if len(t.losses) == block.start)
