@@ -50,6 +50,7 @@ class Scale:
     name: str
     models: dict                                # name -> a call without arguments that makes the model
     differs: dict = field(default_factory=dict) # fields of `Preset` that differ from those of `paper`
+    training: dict = field(default_factory=dict) # what differs from the training of `SHORT`
 
 # %% ../../nbs/small/11_random_weights.ipynb #2dc4291b
 def text_config(
@@ -123,7 +124,8 @@ FULL = Scale('full', models=CLASSIFIERS | dict(
         sample_size=1024, scaling_factor=.9655),
     vocoder=hifigan(upsample_initial_channel=1024),
     clip=partial(CLIPModel, SCORE_CLIP),
-    clap=partial(ClapModel, ClapConfig(text_config=CLAP_TEXT.to_dict()))))
+    clap=partial(ClapModel, ClapConfig(text_config=CLAP_TEXT.to_dict()))),
+    training=dict(n_train=256, batch_size=64))
 
 # %% ../../nbs/small/11_random_weights.ipynb #698b38b2
 TINY_TEXT = text_config(CLIPTextConfig, **CLIP_IDS)
@@ -392,6 +394,7 @@ def random_preset(
     "The `paper` preset with random weights of a scale under the published names, and short recipes"
     paper = get_preset('paper')
     recipes = {name: getattr(paper, name) | differs for name, differs in SHORT.items()}
+    recipes['training'] |= scale.training
     return replace(
         paper, name=f'random-{scale.name}', note='random weights: a rehearsal',
         steps_image=4, steps_audio=4, **recipes, **scale.differs)
