@@ -9,6 +9,7 @@ __all__ = ['send', 'StepGraph', 'signature', 'CapturedStep']
 import warnings
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from fastcore.basics import patch
 from torch import Tensor
 
@@ -110,10 +111,33 @@ def record(
         graph = StepGraph(self.run, tensors, self.stream, self.pool)
         self.graphs[signature(tensors)] = graph
     except Exception as error: # whatever it is, the plain step has just worked
-        reason = first_line(error.__context__ or error)
-        warnings.warn(f'training without CUDA graphs: {reason}', stacklevel=3)
-        self.records = False
-        self.graphs.clear()
+        self.give_up(first_line(error.__context__ or error))
+
+@patch
+def give_up(
+    self:CapturedStep,
+    reason:str # in words
+):
+    "Record no more, let go what the graphs hold, and say why"
+    warnings.warn(f'training without CUDA graphs: {reason}', stacklevel=4)
+    self.records = False
+    self.graphs.clear()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+@patch
+def try_plain(
+    self:CapturedStep,
+    *tensors # inputs of a signature that is new
+):
+    "The step as it is, before it is recorded; graphs of other signatures go if they leave too little memory for it"
+    try:
+        return self.run(*tensors)
+    except RuntimeError as error:
+        if not self.graphs or not should_reduce_batch_size(error):
+            raise
+    self.give_up('they leave too little memory for a batch of another length')
+    return self.run(*tensors)
 
 @patch
 def __call__(
@@ -125,7 +149,9 @@ def __call__(
         parameter.grad = grad
     key = signature(tensors)
     if self.records and key not in self.graphs:
-        self.run(*tensors)
+        losses = self.try_plain(*tensors)
+        if not self.records:
+            return losses
         self.record(tensors)
     if self.records:
         return self.graphs[key](*tensors)
