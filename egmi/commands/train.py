@@ -225,11 +225,12 @@ def make_samples(
 ):
     "Pictures and sounds of held-out captions by all systems, where Table 3 finds them"
     from egmi.evaluation.reporting import CEILING
-    from egmi.evaluation.trainings import load_training, samples_folder
+    from egmi.evaluation.trainings import captions_folder, load_training, samples_folder
     from egmi.training import text_targets
     trained = load_training(request.out, panda)
-    folder = samples_folder(run, request.out, held_out)
+    generated = samples_folder(run, request.out)
     for split, examples in held_out.items():
+        folder = captions_folder(generated, examples)
         captions = [e.caption for e in examples]
         conditions = predict(request, run, trained, captions, panda, processes)
         conditions[CEILING] = text_targets(*generators, captions).to('cpu')

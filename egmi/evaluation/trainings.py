@@ -4,28 +4,31 @@
 
 # %% auto #0
 __all__ = ['check_pairs', 'read_pairs', 'training_recipe', 'fit_config', 'changes', 'begin_training', 'read_recipe', 'Trained',
-           'full_name', 'JointTraining', 'has_pictures', 'find_training', 'check_system', 'load_training',
-           'check_held_out', 'samples_folder', 'sample_name']
+           'full_name', 'JointTraining', 'has_pictures', 'is_saved', 'find_training', 'check_system', 'load_training',
+           'training_values', 'check_held_out', 'samples_folder', 'captions_folder', 'sample_name']
 
-# %% ../../nbs/evaluation/13_trainings.ipynb #903a44cc
+# %% ../../nbs/evaluation/13_trainings.ipynb #bc0dcb33
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 import json
 import math
 
 import numpy as np
 import pandas as pd
+import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 
 from ..base.config import Preset, cache_dir
-from ..base.files import file_hash, replacing, write_json, write_table
+from ..base.files import file_hash, read_kept, replacing, write_json, write_table
 from ..base.fitting import FitConfig
+from ..base.loading import read_tensors
 from ..base.memory import MemoryBudget
 from ..base.processes import ALONE
 from ..data.corpora import check_enough, coco_parts
-from ..data.examples import ids_hash
+from ..data.examples import content_hash, ids_hash
 from ..data.folders import load_folder
 from .checks import missing_files
 from .experiment import Experiment, provenance
@@ -269,7 +272,18 @@ def train_group(
                     self.folder/'checkpoints', error=error, processes=self.processes)
     return losses
 
-# %% ../../nbs/evaluation/13_trainings.ipynb #5aa83ce5
+# %% ../../nbs/evaluation/13_trainings.ipynb #2c106812
+def is_saved(
+    conditioner,
+    folder:Path
+)->bool:        # any error says that the folder is damaged
+    "Whether a folder holds this conditioner"
+    find_trained(folder, MAPPERS | BASELINES)
+    saved = read_tensors(folder/'model.safetensors')
+    now = conditioner.state_dict()
+    same = [torch.equal(saved[name], p.half().cpu()) for name, p in now.items()]
+    return all(same)
+
 @patch
 def save(
     self:JointTraining,
@@ -278,8 +292,11 @@ def save(
     "Write the systems, the losses and the record, each whole or not at all"
     record = provenance(self.recipe, self.recipe['seeds'], self.run.seconds)
     for (system, seed), conditioner in trained.conditioners.items():
+        folder = self.folder/full_name(system, seed)
+        if read_kept(folder, partial(is_saved, conditioner)):
+            continue
         design, _ = self.plan[system]
-        with replacing(self.folder/full_name(system, seed)) as beside:
+        with replacing(folder) as beside:
             save_conditioner(conditioner, beside, design, self.recipe['preset'])
             origin = dict(command=self.command) | record
             write_json(beside/'training.json', dict(conditioner=origin))
@@ -360,6 +377,19 @@ def load_training(
     record = json.loads((folder/'run.json').read_text())
     return Trained(recipe, conditioners, losses, LossWeights(**record['weights']))
 
+# %% ../../nbs/evaluation/13_trainings.ipynb #5e36f71f
+def training_values(
+    namespace:dict, # `globals()` of an experiment
+    recipe:dict,    # from `find_training`
+    *more:str       # parameters that the recipe decides too
+)->dict:            # parameter -> value
+    "What a recipe decides; ValueError if it was given as a parameter"
+    names = ('n_train', 'steps', 'batch_size', 'lr', 'lr_tokens', *more)
+    given = [name for name in names if namespace.get(name) is not None]
+    if given:
+        raise ValueError(f'trained systems have a recipe of their own: leave out {", ".join(given)}')
+    return {name: recipe[name] for name in names}
+
 # %% ../../nbs/evaluation/13_trainings.ipynb #0bbe35ae
 def check_held_out(
     folder,        # of trained systems
@@ -375,21 +405,25 @@ def check_held_out(
             raise ValueError(f'{e.id} is held out here, but the systems in {folder} were trained on it '
                              f'(pairs {recipe["ids"]}): give the corpus that they were trained on')
 
-# %% ../../nbs/evaluation/13_trainings.ipynb #ba706bd1
+# %% ../../nbs/evaluation/13_trainings.ipynb #30a89a77
 def samples_folder(
     run:Experiment, # whose preset says how many denoising steps
-    folder,         # of trained systems
-    held_out:dict   # split -> examples
+    folder          # of trained systems
 )->Path:
-    "Where the samples that trained systems make of held-out captions are kept"
-    captions = {}
-    for split, examples in held_out.items():
-        captions[split] = [(e.id, e.caption) for e in examples]
+    "Where the samples that trained systems make are kept"
     files = sorted(Path(folder).glob('*/model.safetensors'))
     systems = {file.parent.name: file_hash(file) for file in files}
-    steps = [run.preset.steps_image, run.preset.steps_audio]
-    inputs = dict(systems=systems, captions=captions, steps=steps)
+    inputs = dict(systems=systems, steps=[run.preset.steps_image, run.preset.steps_audio])
     return run.keep('generation', inputs, 'egmi.evaluation.samples', root=Path(folder)/'samples')
+
+def captions_folder(
+    folder:Path,   # of samples
+    examples:list  # of whose captions they are made
+)->Path:           # made if it is missing
+    "Where the samples of these captions are kept"
+    place = folder/content_hash(examples)[:12]
+    place.mkdir(parents=True, exist_ok=True)
+    return place
 
 def sample_name(
     system:str,
