@@ -323,8 +323,8 @@ def work(
     with run.stage('load'):
         panda = load_panda(run.preset, run.device)
         generators = load_generators(run.preset, run.device)
-        for generator in generators:
-            generator.rest()
+        for part in (panda, *generators):
+            part.rest()
     if not finished:
         size = mapper_config(run.preset, panda, *generators)
         plan = {system: (system, size) for system in request.systems}

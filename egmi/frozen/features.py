@@ -27,6 +27,7 @@ from ..base.checks import require_positive
 from ..base.files import bad_file, check_space, file_identity, map_rows, read_kept, replacing
 from ..base.fitting import in_batches
 from ..base.loading import first_line, weights_hash
+from ..base.memory import at_work
 from ..base.processes import ALONE, Processes
 from ..base.work import code_hash
 from .imagebind import ImageBindConfig, crop_images, normalise_pixels
@@ -254,7 +255,7 @@ def make_files(
     "Compute features and write them file by file"
     folder = next(iter(paths.values())).parent
     bar = tqdm(total=sum(map(len, paths)), desc='pictures', unit='row', mininterval=2, disable=not progress)
-    with bar, watching_workers(workers, folder):
+    with bar, watching_workers(workers, folder), at_work(panda.llm.device, panda.encoder):
         made = encode_files(panda, examples, list(paths), batch_size, workers, bar)
         for path, features_ND in zip(paths.values(), made):
             write_features(path, features_ND)
