@@ -112,8 +112,8 @@ def test_frechet_distances_are_those_of_the_saved_samples(cache, table):
         judge = Judge.from_pretrained(component_path(f'judge/{sense}')).float().eval()
         real_ND, _ = features_and_logits(judge, tensor([getattr(scene, word) for scene in scenes]))
         for system in MAPPERS:
-            path, = cache.glob(f'ablation/generation/*/{system}-0-test-0-4.npz')
-            made_ND, _ = features_and_logits(judge, tensor(np.load(path)[name]))
+            path, = cache.glob(f'ablation/generation/*/{system}-0-test-0-4-{name}.npy')
+            made_ND, _ = features_and_logits(judge, tensor(np.load(path)))
             expected = frechet(real_ND.astype(float), made_ND.astype(float))
             assert table.loc[system, f'fd_{word}'] == pytest.approx(expected, rel=1e-3), (system, word)
 

@@ -10,7 +10,7 @@ __all__ = ['SURROGATE', 'id_flaw', 'checked_ids', 'as_list', 'write_sounds', 'fi
 # %% ../../nbs/evaluation/11_folders.ipynb #cb811465
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 import hashlib
 import re
@@ -25,7 +25,7 @@ from tqdm import tqdm
 from ..base.audio import SAMPLE_RATE, as_channels, checked_rate, is_silent
 from ..base.audio_files import SOUNDS, audio_info, list_sounds, read_audio, wav_bytes
 from ..base.config import get_preset, pick_device
-from ..base.files import bad_file, explain_mismatch, replacing, write_json, write_table
+from ..base.files import bad_file, explain_mismatch, file_identity, replacing, write_json, write_table
 from ..data.examples import caption_problem, tally
 from ..data.tables import read_csv
 from .checks import require_weights
@@ -182,16 +182,10 @@ class Sound:
     def seconds(self)->float:
         return self.frames / self.sample_rate
 
-def read_sound(
-    id:str,
-    file:Path,
-    shortest:int=1 # samples at 16 kHz that the networks need
-)->Sound:
-    "Check a file"
+@lru_cache(maxsize=2**16)
+def _read_sound(id, file, identity):
+    "A file with this `file_identity`, read"
     wave_T, rate = read_audio(file)
-    if len(wave_T) * SAMPLE_RATE < shortest * rate:
-        needed = f'{shortest / SAMPLE_RATE:.3f} s that the networks need'
-        raise bad_file('sound', file, f'lasts {len(wave_T) / rate:.3f} s, less than the {needed}')
     content = hashlib.sha256(f'{rate} Hz'.encode())
     content.update(wave_T)
     level_T = np.abs(wave_T)
@@ -200,6 +194,19 @@ def read_sound(
         id, file, content.hexdigest(), len(wave_T), rate, audio_info(file).channels,
         peak=float(level_T.max()), rms=float(rms),
         clipped=float((level_T >= .9999).mean()), silent=is_silent(wave_T))
+
+def read_sound(
+    id:str,
+    file:Path,
+    shortest:int=1 # samples at 16 kHz that the networks need
+)->Sound:
+    "Check a file"
+    identity = file_identity(file) if file.exists() else 'missing'
+    sound = _read_sound(id, file, identity)
+    if sound.frames * SAMPLE_RATE < shortest * sound.sample_rate:
+        needed = f'{shortest / SAMPLE_RATE:.3f} s that the networks need'
+        raise bad_file('sound', file, f'lasts {sound.seconds:.3f} s, less than the {needed}')
+    return sound
 
 # %% ../../nbs/evaluation/11_folders.ipynb #e0f047d7
 def read_pairs(
