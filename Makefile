@@ -5,7 +5,7 @@ ARGS   ?=
 BASE   ?= main
 MODELS ?= judge clip clap imagebind stable_diffusion audioldm projection
 
-.PHONY: help install tour ablation text-to-audio audio-editing mini-models report mini-report has-gpu gpu-check quick test check lab readme
+.PHONY: help install tour ablation text-to-audio audio-editing mini-models report mini-report has-gpu gpu-check gpu-rehearse quick test check lab readme
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -64,8 +64,14 @@ gpu-check: OUT ?= runs/gpu
 gpu-check: has-gpu install  ## measure training, extraction, sampling and metrics at full size in 5 minutes of one NVIDIA GPU, into runs/gpu
 	$(call experiment,benchmarks,benchmarks)
 
+gpu-rehearse: TABLES ?= 3 1 2
+gpu-rehearse: LIMIT ?= 1200
+gpu-rehearse: OUT ?= runs/gpu
+gpu-rehearse: has-gpu install  ## the three tables at the paper's size with random weights, as many as fit into LIMIT seconds (TABLES="3 1 2")
+	$(BIN)/python tools/rehearse.py --tables "$(TABLES)" --limit $(LIMIT) --out $(OUT) $(ARGS)
+
 has-gpu:
-	@nvidia-smi -L > /dev/null 2>&1 || { echo 'make gpu-check needs an NVIDIA GPU, and nvidia-smi finds none here' >&2; exit 1; }
+	@nvidia-smi -L > /dev/null 2>&1 || { echo '$(MAKECMDGOALS) needs an NVIDIA GPU, and nvidia-smi finds none here' >&2; exit 1; }
 
 quick: check  ## two minutes: check, the notebooks that differ from BASE (main), the tests that are not marked slow
 	@git rev-parse -q --verify $(BASE) > /dev/null || { echo 'there is no branch $(BASE) to compare with: make quick BASE=origin/main' >&2; exit 1; }

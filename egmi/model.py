@@ -389,10 +389,10 @@ def load_generators(
     dtype = pick_dtype(preset.generator_dtype, device)
     image_generator = StableDiffusion.from_pretrained(
         component_path(preset.stable_diffusion), dtype, device)
-    image_generator.steps = preset.sampling_steps
+    image_generator.steps = preset.steps_image
     image_generator.guidance_scale = preset.guidance_image
     audio_generator = AudioLDM.from_pretrained(component_path(preset.audioldm), dtype, device)
-    audio_generator.steps = preset.sampling_steps
+    audio_generator.steps = preset.steps_audio
     audio_generator.guidance_scale = preset.guidance_audio
     audio_generator.seconds = preset.seconds
     return image_generator, audio_generator

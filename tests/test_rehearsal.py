@@ -45,11 +45,13 @@ def table(finished):
 
 def test_table_of_a_corpus_without_factors(table):
     assert sorted(table.index) == sorted(MAPPERS + ANCHORS)
-    assert list(table.columns[:3]) == ['params', 'clip_text_image', 'clap_text_audio']
+    assert list(table.columns[:4]) == [
+        'params', 'clip_text_image', 'clap_text_audio', 'clap_text_audio_audiocaps']
     assert list(table.columns[-2:]) == ['paper_clip', 'paper_clap']
     assert {'clip_image_image', 'clip_condition', 'clap_condition'} <= set(table)
     assert list(table.filter(regex='object|vocab|fd_')) == []
     assert (table.n == 4).all()
+    assert (table.n_audiocaps == 4).all()
     assert (table.seeds == '0 1').all()
 
 
@@ -74,9 +76,33 @@ def test_seeds_are_averaged(finished, table):
 
 def test_every_rival_is_compared_with_egmi(table):
     compared = table.filter(like='_diff')
-    assert len(compared.columns) == 8
+    assert len(compared.columns) == 12
     assert compared.loc[RIVALS].notna().all(axis=None)
     assert compared.drop(RIVALS).isna().all(axis=None)
+
+
+def test_sounds_of_audiocaps_are_compared_with_their_own_captions(finished, table, cache, monkeypatch):
+    from egmi.evaluation.outputs import load_network, run_on_arrays, weights_path
+    from egmi.small.random_weights import TINY, random_preset, weight_variables
+    from egmi.toybox.scenes import toybox
+    root, = cache.glob('rehearsal/*/tiny')
+    for name, value in weight_variables(root).items():
+        monkeypatch.setenv(name, value)
+    clap = load_network('clap', weights_path(random_preset(TINY).clap), 'cpu')
+    text_ND = clap.embed_texts([scene.caption for scene in toybox('validation', 4)])
+    clips = pd.read_csv(finished/'clips.csv').query('split == "audiocaps"')
+    ceiling, floor = ANCHORS
+    sources = [('EGMI mapper', 'EGMI mapper-0', 0), (ceiling, ceiling, 0), (floor, ceiling, 1)]
+    for system, files, shift in sources:
+        path, = cache.glob(f'ablation/generation/*/{files}-audiocaps-0-4-audio.npy')
+        audio_ND = run_on_arrays('clap', clap, np.load(path), 16_000)['embedding']
+        described_ND = np.roll(text_ND, -shift, axis=0)
+        norms_N = np.linalg.norm(audio_ND, axis=1) * np.linalg.norm(described_ND, axis=1)
+        found_N = clips.clap_text_audio[clips.system == system][:4]
+        np.testing.assert_allclose(found_N, (audio_ND * described_ND).sum(1) / norms_N, atol=2e-4)
+    means = clips.groupby('system').clap_text_audio.mean()
+    np.testing.assert_allclose(means[table.index], table.clap_text_audio_audiocaps, atol=2e-4)
+    assert not list(cache.glob('ablation/generation/*/*-audiocaps-*-images.npy'))
 
 
 def test_random_weights_never_look_like_results(finished, table, record):
@@ -84,7 +110,7 @@ def test_random_weights_never_look_like_results(finished, table, record):
     assert table[['paper_clip', 'paper_clap']].isna().all(axis=None)
     assert record['note'] == NOTE
     assert record['config']['weights'] == 'tiny'
-    assert record['n'] == dict(train=16, test=4)
+    assert record['n'] == dict(train=16, test=4, audiocaps=4)
     assert f'preset random-tiny, {NOTE}' in (finished.parent/'executed.ipynb').read_text()
     assert json.loads((finished/'egmi/config.json').read_text())['preset'] == 'random-tiny'
 

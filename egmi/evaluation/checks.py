@@ -132,12 +132,10 @@ def check_memory(
     held:list[int], # bytes of each part, from `bytes_held`
     device          # torch.device
 ):
-    "OSError unless the parts fit"
-    available = free_memory()
-    if device.type != 'cuda':
-        return check_fits('this machine', available, sum(held))
-    check_fits('this machine', available, max(held, default=0))
-    check_fits(str(device), free_memory(device), sum(held))
+    "OSError unless all parts fit into the machine, and the two largest into a GPU, where the others wait"
+    check_fits('this machine', free_memory(), sum(held))
+    if device.type == 'cuda':
+        check_fits(str(device), free_memory(device), sum(sorted(held)[-2:]))
 
 # %% ../../nbs/evaluation/06_checks.ipynb #e81a5c94
 def check_run(

@@ -120,13 +120,15 @@ TABLE3_PANELS = dict(
     clip_text_image='CLIP similarity\ntext to image',
     clip_image_image='CLIP similarity\nimage to image',
     clap_text_audio='CLAP similarity\ntext to audio',
+    clap_text_audio_audiocaps='CLAP similarity\nAudioCaps captions',
     clip_text_image_diff='CLIP text to image,\ndifference from EGMI',
     clap_text_audio_diff='CLAP text to audio,\ndifference from EGMI',
+    clap_text_audio_audiocaps_diff='CLAP AudioCaps captions,\ndifference from EGMI',
     object_image='right object\npicture',
     object_audio='right object\nsound',
     vocab_object_image='right object, unseen\nwords, picture',
     vocab_object_audio='right object, unseen\nwords, sound')
-PUBLISHED_PANELS = dict(clip_text_image='paper_clip', clap_text_audio='paper_clap')
+PUBLISHED_PANELS = dict(clip_text_image='paper_clip', clap_text_audio_audiocaps='paper_clap')
 
 # %% ../../nbs/evaluation/12_reporting.ipynb #48633b03
 def table3_figure(

@@ -20,6 +20,7 @@ from ..base.audio import HOP, SAMPLE_RATE, as_wave, log_mel
 from ..base.checks import require_number, require_positive
 from ..base.fitting import in_batches
 from ..base.loading import loading
+from ..base.memory import at_work
 from .diffusion import LatentDiffusion, check_source
 
 # %% ../../nbs/frozen/08_audioldm.ipynb #33a1b25f
@@ -119,6 +120,11 @@ def _decode(
     "The vocoder's waves of the VAE's spectrograms"
     mel_B1TF = self.vae.decode(1 / self.vae.config.scaling_factor * latents).sample
     return self.vocoder(mel_B1TF.squeeze(1).to(self.vocoder.dtype))
+
+@patch(as_prop=True)
+def decoders(self:AudioLDM)->tuple:
+    "The networks that latents go through at the end"
+    return (self.vae, self.vocoder)
 
 @patch
 def decode(
@@ -242,8 +248,9 @@ def edit(
     def encode(rows):
         return self.encode_audio(half_BT[rows])
 
-    batches = in_batches(
-        encode, len(sounds), batch_size, 'sources', progress=False, fitted=self.fitted)
+    with at_work(self.device, self.vae):
+        batches = in_batches(
+            encode, len(sounds), batch_size, 'sources', progress=False, fitted=self.fitted)
     source = torch.cat(batches)
     mask = None
     if spans is not None:

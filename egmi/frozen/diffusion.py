@@ -27,6 +27,7 @@ from ..base.checks import list_texts, require_number, require_positive
 from ..base.fitting import in_batches
 from ..base.graphs import send
 from ..base.loading import load_part, load_whole, loading
+from ..base.memory import at_work
 
 # %% ../../nbs/frozen/07_diffusion.ipynb #b1227a54
 def remaining_timesteps(
@@ -165,13 +166,24 @@ class LatentDiffusion:
 # %% ../../nbs/frozen/07_diffusion.ipynb #52411ea5
 @patch(as_prop=True)
 def device(self:LatentDiffusion)->torch.device:
-    "Where the networks are"
-    return self.unet.device
+    "Where the text encoder is, and the other networks while they work"
+    return self.text_encoder.device
 
 @patch(as_prop=True)
 def dtype(self:LatentDiffusion)->torch.dtype:
     "Precision of the networks"
     return self.unet.dtype
+
+@patch(as_prop=True)
+def decoders(self:LatentDiffusion)->tuple:
+    "The networks that latents go through at the end"
+    return (self.vae,)
+
+@patch
+def rest(self:LatentDiffusion):
+    "Have UNet and decoders wait in host memory, which leaves the text encoder on the device"
+    for network in (self.unet, *self.decoders):
+        network.to('cpu')
 
 @patch(as_prop=True)
 def condition_shape(self:LatentDiffusion)->tuple:
@@ -193,15 +205,13 @@ def from_pretrained(
         config = DDIMScheduler.load_config(source, subfolder='scheduler')
         kind = getattr(diffusers, config['_class_name'])
     parts = dict(scheduler=load_part(kind, source, subfolder='scheduler'))
-    on_gpu = torch.device(device).type == 'cuda'
-    layout = torch.channels_last if on_gpu else torch.contiguous_format
     for name, kind in cls.classes.items():
         if name == 'tokenizer':
             parts[name] = load_part(kind, source, subfolder=name)
             continue
         options = unet_options if name == 'unet' else {}
         model = load_whole(kind, source, subfolder=name, dtype=dtype, **options)
-        parts[name] = model.to(device, memory_format=layout)
+        parts[name] = model.to(device)
     return cls(**parts)
 
 # %% ../../nbs/frozen/07_diffusion.ipynb #fb525776
@@ -319,7 +329,8 @@ def sample(
 
     name = type(self).__name__
     desc = f'{name}, {n} samples'
-    with tqdm(total=n * steps_taken, desc=desc, unit='step', mininterval=2, disable=not progress) as bar:
+    bar = tqdm(total=n * steps_taken, desc=desc, unit='step', mininterval=2, disable=not progress)
+    with bar, at_work(self.device, self.unet):
         return torch.cat(in_batches(make, n, batch_size, name, progress=False, fitted=self.fitted))
 
 # %% ../../nbs/frozen/07_diffusion.ipynb #83779ca2
@@ -352,7 +363,8 @@ def decode_batches(
         return finish(made)
 
     name = f'{type(self).__name__}, decoding'
-    return in_batches(run, len(latents), batch_size, name, progress=False, fitted=self.fitted)
+    with at_work(self.device, *self.decoders):
+        return in_batches(run, len(latents), batch_size, name, progress=False, fitted=self.fitted)
 
 # %% ../../nbs/frozen/07_diffusion.ipynb #65d09cad
 class StableDiffusion(LatentDiffusion):

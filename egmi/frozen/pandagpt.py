@@ -20,6 +20,7 @@ from ..base.checks import list_texts, require_positive
 from ..base.config import component_path
 from ..base.fitting import in_batches
 from ..base.graphs import send
+from ..base.memory import at_work
 from .imagebind import ImageBind, crop_images, normalise_pixels, preprocess_audio
 from .llm import SMOLLM2, find_file, load_llm
 from .lora import merge_delta
@@ -172,6 +173,11 @@ def embed_prompts(
 
 # %% ../../nbs/frozen/06_pandagpt.ipynb #3f935c4c
 @patch
+def rest(self:PandaGPT):
+    "Have ImageBind wait in host memory: a call that needs it brings it to the device of the LLM and back"
+    self.encoder.to('cpu')
+
+@patch
 @torch.no_grad()
 def image_features(
     self:PandaGPT,
@@ -183,7 +189,8 @@ def image_features(
         pixels_B3HW = crop_images(images[rows], self.encoder.config).to(self.llm.device)
         return self.encoder.encode_image(normalise_pixels(pixels_B3HW))
 
-    return torch.cat(in_batches(encode, len(images), batch_size, 'pictures', progress=False))
+    with at_work(self.llm.device, self.encoder):
+        return torch.cat(in_batches(encode, len(images), batch_size, 'pictures', progress=False))
 
 @patch
 @torch.no_grad()
@@ -198,7 +205,8 @@ def audio_features(
         x_BNKFT = preprocess_audio(sounds[rows], sample_rate, self.encoder.config)
         return self.encoder.encode_audio(x_BNKFT.to(self.llm.device))
 
-    return torch.cat(in_batches(encode, len(sounds), batch_size, 'sounds', progress=False))
+    with at_work(self.llm.device, self.encoder):
+        return torch.cat(in_batches(encode, len(sounds), batch_size, 'sounds', progress=False))
 
 # %% ../../nbs/frozen/06_pandagpt.ipynb #2e436149
 @patch

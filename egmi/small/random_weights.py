@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['CLIP_IDS', 'CLIP_TEXT', 'CLIP_VISION', 'CLAP_TEXT', 'AUDIOLDM_L', 'SCORE_CLIP', 'CLASSIFIERS', 'FULL', 'TINY_TEXT',
            'TINY_VISION', 'TINY_CLAP', 'TINY_HTSAT', 'TINY_SCORE_CLIP', 'TINY_SCORE_CLAP', 'TINY_UNET',
-           'TINY_IMAGEBIND', 'TINY_LLM', 'TINY', 'SD_NOISE', 'AUDIOLDM_NOISE', 'COMMIT', 'GENERATOR_PARTS', 'WRITERS',
-           'Scale', 'text_config', 'autoencoder', 'sound_unet', 'hifigan', 'keep_variance', 'draw', 'parameters_of',
-           'vocabulary_texts', 'write_tokenizer', 'sentencepiece_model', 'write_llm', 'write_delta', 'write_imagebind',
-           'write_stable_diffusion', 'write_audioldm', 'write_clip', 'write_clap', 'write_cnn14', 'write_vggish',
-           'layout_path', 'weight_variables', 'random_preset', 'write_mapper', 'bytes_needed', 'bytes_in_memory',
-           'write_refs', 'write_weights']
+           'TINY_IMAGEBIND', 'TINY_LLM', 'TINY', 'SD_NOISE', 'AUDIOLDM_NOISE', 'COMMIT', 'SHORT', 'GENERATOR_PARTS',
+           'WRITERS', 'Scale', 'text_config', 'autoencoder', 'sound_unet', 'hifigan', 'keep_variance', 'draw',
+           'parameters_of', 'vocabulary_texts', 'write_tokenizer', 'sentencepiece_model', 'write_llm', 'write_delta',
+           'write_imagebind', 'write_stable_diffusion', 'write_audioldm', 'write_clip', 'write_clap', 'write_cnn14',
+           'write_vggish', 'layout_path', 'weight_variables', 'random_preset', 'write_mapper', 'bytes_needed',
+           'bytes_in_memory', 'write_refs', 'file_sizes', 'write_weights']
 
 # %% ../../nbs/small/11_random_weights.ipynb #155f0b44
 from collections import OrderedDict
@@ -31,7 +31,7 @@ from transformers import (
     LlamaForCausalLM, SpeechT5HifiGan, SpeechT5HifiGanConfig)
 
 from ..base.config import Preset, get_preset, pick_dtype
-from ..base.files import check_space, replacing
+from ..base.files import check_space, replacing, write_json
 from ..evaluation.networks import Cnn14, VGGish
 from ..frozen.imagebind import ImageBind, ImageBindConfig, TowerConfig
 from ..frozen.lora import delta_shapes
@@ -39,7 +39,6 @@ from ..mapper import EGMIMapper, MapperConfig, count_parameters
 from ..model import save_conditioner
 from .clap import roberta_tokenizer
 from .clip import clip_tokenizer, with_prefixes
-from .publishing import write_manifest
 from ..tokens import ModalityTokens
 from ..toybox.scenes import toybox
 from ..training import Conditioner
@@ -381,13 +380,21 @@ def weight_variables(
     return dict(EGMI_WEIGHTS=f'{root}/weights', HF_HUB_CACHE=f'{root}/hub')
 
 # %% ../../nbs/small/11_random_weights.ipynb #1e76bf7a
+SHORT = dict( # field of `Preset` -> what differs from the recipe of `paper`
+    training=dict(n_train=16, steps=4, batch_size=8, warmup_steps=4),
+    ablation=dict(n_eval=4),
+    text_to_audio=dict(n_eval=4),
+    audio_editing=dict(n_eval=4, n_strength=2, n_data=2))
+
 def random_preset(
     scale:Scale
 )->Preset:
-    "The `paper` preset with random weights of a scale under the published names"
+    "The `paper` preset with random weights of a scale under the published names, and short recipes"
+    paper = get_preset('paper')
+    recipes = {name: getattr(paper, name) | differs for name, differs in SHORT.items()}
     return replace(
-        get_preset('paper'), name=f'random-{scale.name}',
-        note='random weights: a rehearsal', **scale.differs)
+        paper, name=f'random-{scale.name}', note='random weights: a rehearsal',
+        steps_image=4, steps_audio=4, **recipes, **scale.differs)
 
 def write_mapper(
     scale:Scale,
@@ -453,6 +460,13 @@ def write_refs(root:Path):
         (repository/'refs').mkdir()
         (repository/'refs/main').write_text(COMMIT)
 
+def file_sizes(
+    root:Path
+)->dict: # name -> bytes
+    "All files below a folder"
+    files = [path for path in root.rglob('*') if path.is_file()]
+    return {path.relative_to(root).as_posix(): path.stat().st_size for path in files}
+
 def write_weights(
     scale:Scale,
     folder,        # to write, with `weights`, `hub` and `egmi` in it; an OSError if it is there
@@ -474,4 +488,4 @@ def write_weights(
             write(scale, path, device, seed)
         write_refs(root)
         write_mapper(scale, root/'egmi', seed)
-        write_manifest(root)
+        write_json(root/'sizes.json', file_sizes(root))
