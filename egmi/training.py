@@ -6,10 +6,11 @@
 __all__ = ['LENGTHS', 'TAIL_ROWS', 'READ_EVERY', 'text_targets', 'ComputedTargets', 'keep_targets', 'Prompts', 'drop_modalities',
            'length_multiple', 'Prefixes', 'ComputedPrefixes', 'KeptPrefixes', 'estimate_lengths', 'keep_prefixes',
            'Conditioner', 'make_conditioner', 'lockstep_losses', 'make_step', 'Lockstep', 'step_blocks', 'record_block',
-           'start_trainings', 'train_conditioners', 'predict_conditions']
+           'block_values', 'start_trainings', 'train_conditioners', 'predict_conditions']
 
 # %% ../nbs/paper/04_training.ipynb #98063d8a
 import hashlib
+import time
 import warnings
 from dataclasses import dataclass
 from math import prod
@@ -24,9 +25,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .base.checks import list_texts
-from .base.fitting import FitConfig, Training, batch_indices, in_batches
+from .base.fitting import FitConfig, Training, batch_indices, in_batches, learning_rate
 from .base.graphs import CapturedStep
 from .base.memory import MemoryBudget
+from .base.processes import ALONE, Processes
 from .frozen.pandagpt import PandaGPT
 from .frozen.prefix import (
     PackedPrefixes, PrefixCache, pad_left, prefix_bytes, run_prefix, run_tail)
@@ -287,7 +289,8 @@ def make_step(
     prefixes,            # as `keep_prefixes` returns them
     weights:LossWeights,
     error,               # as `alignment_loss` takes it
-    together:int         # systems whose tokens run in one batch
+    together:int,        # systems whose tokens run in one batch
+    weight:float=1.      # of the losses: the share of the batch that is computed here
 )->CapturedStep:         # (wanted image, wanted audio, *inputs of the prefixes) -> losses_S
     "Forward and backward of one batch, in one CUDA graph where there is a GPU"
     groups = [conditioners[i:i + together] for i in range(0, len(conditioners), together)]
@@ -297,10 +300,10 @@ def make_step(
         wanted = Conditions(image_NLC, audio_NC)
         losses = []
         for group in groups:
-            own = lockstep_losses(group, panda, cache, wanted, weights, error)
-            sum(own).backward()
-            losses += [loss.detach() for loss in own]
-        return torch.stack(losses)
+            own_S = weight * torch.stack(lockstep_losses(group, panda, cache, wanted, weights, error))
+            own_S.sum().backward()
+            losses.append(own_S.detach())
+        return torch.cat(losses)
 
     trained = [p for c in conditioners for p in c.parameters() if p.requires_grad]
     return CapturedStep(step, trained, panda.llm.device)
@@ -317,7 +320,8 @@ class Lockstep:
         targets,             # as `keep_targets` returns them, N rows
         config:FitConfig,
         weights:LossWeights,
-        error                # as `alignment_loss` takes it
+        error,               # as `alignment_loss` takes it
+        processes:Processes  # that share the rows of a batch
     ):
         self.panda = panda
         self.prefixes = prefixes
@@ -325,7 +329,9 @@ class Lockstep:
         self.config = config
         self.weights = weights
         self.error = error
-        self.together = max(1, TAIL_ROWS // config.batch_size)
+        self.processes = processes
+        self.n_rows = len(processes.share(range(config.batch_size)))
+        self.together = max(1, TAIL_ROWS // self.n_rows)
         self.steps = {} # systems -> step
 
 # %% ../nbs/paper/04_training.ipynb #7f018efd
@@ -338,8 +344,9 @@ def step_of(
     if trainings not in self.steps:
         self.steps.clear()
         conditioners = [training.module for training in trainings]
+        weight = self.n_rows / self.config.batch_size
         self.steps[trainings] = make_step(
-            conditioners, self.panda, self.prefixes, self.weights, self.error, self.together)
+            conditioners, self.panda, self.prefixes, self.weights, self.error, self.together, weight)
     return self.steps[trainings]
 
 @patch
@@ -349,7 +356,7 @@ def advance(
     step:int         # whose batch it is
 )->Tensor:           # losses_S
     "One step of some systems, with half as many at once where memory runs out"
-    rows = batch_indices(len(self.prefixes), step, self.config)
+    rows = self.processes.share(batch_indices(len(self.prefixes), step, self.config))
     wanted = self.targets[rows].to(self.panda.llm.device)
     inputs = self.prefixes.inputs(rows)
     while True:
@@ -363,6 +370,8 @@ def advance(
         self.together //= 2
         self.steps.clear()
         warnings.warn(f'training: out of memory, going on with {self.together} systems at once', stacklevel=2)
+    grads = [p.grad for training in trainings for p in training.trained]
+    self.processes.add([losses_S, *grads])
     for training in trainings:
         training.update(step)
     return losses_S
@@ -398,17 +407,37 @@ def record_block(
             errors.append(str(e))
     return errors
 
+def block_values(
+    trainings:tuple,  # S systems
+    losses_TS:Tensor, # of the last steps
+    block:range,      # which steps they are
+    seconds:float     # that they took
+)->dict:              # name -> number
+    "What trackers are told"
+    config = trainings[0].config
+    values = {f'loss/{t.desc}': loss for t, loss in zip(trainings, losses_TS.mean(0).tolist())}
+    values['learning rate'] = learning_rate(block[-1], config)
+    values['samples per second'] = len(block) * config.batch_size / seconds
+    return values
+
 def start_trainings(
     conditioners:dict, # name -> Conditioner
     config:FitConfig,
     checkpoints,       # folder, or None
-    data:str           # name of the prompts
+    data:str,          # name of the prompts
+    processes:Processes
 )->list:               # Training
     "The systems, each as far as its checkpoint says"
     trainings = []
     for name, conditioner in conditioners.items():
         checkpoint = checkpoints and Path(checkpoints)/f'{name}.pt'
-        trainings.append(Training(conditioner, config, checkpoint, name, data))
+        trainings.append(Training(conditioner, config, checkpoint, name, data, processes.is_main))
+    steps_S = torch.tensor([float(len(training.losses)) for training in trainings])
+    all_steps_S = steps_S.clone()
+    processes.add([all_steps_S])
+    if not torch.equal(all_steps_S, processes.count * steps_S):
+        raise RuntimeError(f'the processes find other checkpoints in {checkpoints}: the folder must be '
+                           'the same for all, and nobody else may write to it')
     return trainings
 
 # %% ../nbs/paper/04_training.ipynb #aa2cd0aa
@@ -420,25 +449,35 @@ def train_conditioners(
     config:FitConfig,         # steps, batch size, learning rate...
     weights:LossWeights=None, # None makes predicting the mean cost 1 in each term
     checkpoints:Path=None,    # folder to continue from and to write to
-    error=F.mse_loss          # as `alignment_loss` takes it
+    error=F.mse_loss,         # as `alignment_loss` takes it
+    processes:Processes=ALONE # that share the rows of each batch
 )->dict:                      # name -> loss of every step
     "Train tokens and mappers towards the text encoders (paper, section 3.2), side by side"
     if len(prefixes) != len(targets):
         raise ValueError(f'{len(prefixes)} prompts but {len(targets)} targets: give one each')
+    if config.batch_size < processes.count:
+        raise ValueError(f'a batch of {config.batch_size} rows is too small for {processes.count} processes: '
+                         'start fewer of them, or raise batch_size')
     if weights is None:
         some_rows = np.arange(min(len(targets), 4096))
         weights = LossWeights.balanced(targets[some_rows])
-    trainings = start_trainings(conditioners, config, checkpoints, prefixes.prompts.hash())
-    lockstep = Lockstep(panda, prefixes, targets, config, weights, error)
+    trainings = start_trainings(conditioners, config, checkpoints, prefixes.prompts.hash(), processes)
+    lockstep = Lockstep(panda, prefixes, targets, config, weights, error, processes)
     first = min(len(training.losses) for training in trainings)
     size = config.batch_size
     errors = []
-    with tqdm(total=config.steps * size, initial=first * size, desc='training', unit=' samples') as bar:
+    shown = {} if processes.is_main else dict(disable=True)
+    bar = tqdm(total=config.steps * size, initial=first * size, desc='training', unit=' samples', **shown)
+    with bar:
         for block in step_blocks(first, config):
             active = tuple(t for t in trainings if len(t.losses) == block.start)
             if active:
+                start = time.perf_counter()
                 losses_TS = torch.stack([lockstep.advance(active, step) for step in block])
                 errors += record_block(active, losses_TS)
+                processes.wait() # until the main process has written what is due
+                seconds = time.perf_counter() - start
+                processes.log(block_values(active, losses_TS, block, seconds), block.stop)
                 bar.set_postfix(loss=f'{losses_TS.mean().item():.4f}', refresh=False)
             bar.update(len(block) * size)
     if errors:

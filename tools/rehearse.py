@@ -76,6 +76,7 @@ def run(line, environment, seconds):
         return f'stopped after {seconds:.0f} s'
     if process.returncode == 0:
         return ''
+    print(errors[-3000:], file=sys.stderr)
     lines = [text for text in errors.splitlines() if text.strip()]
     return lines[-1] if lines else f'exit code {process.returncode}'
 

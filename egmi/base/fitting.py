@@ -204,7 +204,8 @@ class Training:
         config:FitConfig,
         checkpoint:Path=None, # file to continue from and to write to
         desc:str='training',  # its name, for errors
-        data:str=''           # a name for what it is trained on
+        data:str='',          # a name for what it is trained on
+        writes:bool=True      # write the checkpoint; else another process does
     ):
         require_positive(steps=config.steps, batch_size=config.batch_size, save_every=config.save_every)
         self.module = module
@@ -212,6 +213,7 @@ class Training:
         self.checkpoint = checkpoint and Path(checkpoint)
         self.desc = desc
         self.data = data
+        self.writes = writes
         self.trained = [p for p in module.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(module, config)
         self.losses = []
@@ -253,7 +255,7 @@ def record(
                 f'{self.desc}: the loss of step {len(self.losses)} is {loss}; '
                 f'lower lr (now {self.config.lr})')
         self.losses.append(loss)
-    if self.checkpoint and self.is_due(len(self.losses)):
+    if self.checkpoint and self.writes and self.is_due(len(self.losses)):
         save_training_state(
             self.checkpoint, self.module, self.optimizer, self.config, self.losses, self.data)
 

@@ -252,9 +252,10 @@ def join_processes(
         store = connect(TO_START, is_host=os.environ['RANK'] == '0' and not agent_listens)
         accelerator = make_accelerator(on_gpu, log_with, folder)
         group = dist.new_group(timeout=timedelta(seconds=TO_MEET), backend='gloo')
+    device = accelerator.device if on_gpu else torch.device('cpu')
     del store # the group has its own by now
     return Processes(
-        accelerator.process_index, accelerator.num_processes, accelerator.device, accelerator, group)
+        accelerator.process_index, accelerator.num_processes, device, accelerator, group)
 
 def start_processes(
     device:str='auto', # as `pick_device` takes it; each process of a launch has a GPU of its own

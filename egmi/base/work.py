@@ -84,12 +84,12 @@ def code_hash(
 
 # %% ../../nbs/base/11_work.ipynb #ec2bf448
 def work_folder(
-    name:str,    # of the experiment or stage
+    name,        # of the experiment or stage; an absolute path is taken instead of a folder in the cache
     inputs:dict, # whatever decides what is made: parameters, hashes of ids and files
     module:str,  # dotted name of the module that makes it
     *more:str    # further ones
 )->Path:
-    "Cache folder of a stage: another one for other inputs or code"
+    "Folder of a stage: another one for other inputs or code"
     decisive = [inputs, code_hash([module, *more])]
     text = json.dumps(decisive, sort_keys=True, default=str)
     digest = hashlib.sha256(text.encode()).hexdigest()

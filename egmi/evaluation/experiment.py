@@ -227,21 +227,31 @@ SCORERS = ('clip', 'clap', 'judge', 'classifiers') # fields of `Preset` whose ne
 STEPS = ('steps_image', 'steps_audio')             # fields that only samples depend on
 
 @patch
+def resume(
+    self:Experiment,
+    stage:str,  # name, as `stage` takes it
+    folder:Path
+)->Path:        # the folder
+    "Have a stage's work in a folder; what earlier runs have spent on it is added to its seconds"
+    self.folders[stage] = folder
+    self.seconds |= kept_seconds(folder)
+    return folder
+
+@patch
 def keep(
     self:Experiment,
-    stage:str,   # name, as `stage` takes it
-    inputs:dict, # what decides its outcome, beside frozen parts, kind of device and code
-    *modules:str # dotted names of the modules that make it
+    stage:str,     # name, as `stage` takes it
+    inputs:dict,   # what decides its outcome, beside frozen parts, kind of device and code
+    *modules:str,  # dotted names of the modules that make it
+    root:Path=None # where its folder is; None is the cache
 )->Path:
-    "Folder of a stage's work; what earlier runs have spent on it is added to its seconds"
+    "Folder of a stage's work, named by all that decides its contents"
     apart = (*SCORERS, *STEPS, *RECIPES)
     preset = {part: value for part, value in asdict(self.preset).items() if part not in apart}
     weights = package_weights(names_of(self.preset, FROZEN))
     inputs = inputs | dict(preset=preset, weights=weights, device=self.device.type)
-    folder = work_folder(f'{self.name}/{stage}', inputs, *modules)
-    self.folders[stage] = folder
-    self.seconds |= kept_seconds(folder)
-    return folder
+    place = f'{self.name}/{stage}' if root is None else Path(root).absolute()
+    return self.resume(stage, work_folder(place, inputs, *modules))
 
 @contextmanager
 def watch_memory(

@@ -27,6 +27,8 @@ from ..base.checks import require_positive
 from ..base.files import bad_file, check_space, file_identity, map_rows, read_kept, replacing
 from ..base.fitting import in_batches
 from ..base.loading import first_line, weights_hash
+from ..base.memory import at_work
+from ..base.processes import ALONE, Processes
 from ..base.work import code_hash
 from .imagebind import ImageBindConfig, crop_images, normalise_pixels
 from .pandagpt import PandaGPT
@@ -127,7 +129,8 @@ def picture_batches(
 
 # %% ../../nbs/frozen/10_features.ipynb #1196e657
 def decoding_workers(
-    device:torch.device # of the encoder
+    device:torch.device, # of the encoder
+    n_encoding:int=1     # processes that encode, each with workers of its own
 )->int:
     "A process for each core, 16 at most; none where the encoder needs the cores itself"
     if device.type == 'cpu':
@@ -135,7 +138,7 @@ def decoding_workers(
     cores = os.cpu_count()
     if hasattr(os, 'sched_getaffinity'): # what this process may use; not on macOS
         cores = len(os.sched_getaffinity(0))
-    return min(cores, 16)
+    return max(1, min(cores // n_encoding, 16))
 
 # %% ../../nbs/frozen/10_features.ipynb #1d0d103a
 @contextmanager
@@ -251,28 +254,27 @@ def make_files(
 ):
     "Compute features and write them file by file"
     folder = next(iter(paths.values())).parent
-    n = sum(map(len, paths))
-    check_space(folder, 2 * n * panda.encoder.config.embed_dim, 'the features')
-    bar = tqdm(total=n, desc='pictures', unit='row', mininterval=2, disable=not progress)
-    with bar, watching_workers(workers, folder):
+    bar = tqdm(total=sum(map(len, paths)), desc='pictures', unit='row', mininterval=2, disable=not progress)
+    with bar, watching_workers(workers, folder), at_work(panda.llm.device, panda.encoder):
         made = encode_files(panda, examples, list(paths), batch_size, workers, bar)
         for path, features_ND in zip(paths.values(), made):
             write_features(path, features_ND)
 
 # %% ../../nbs/frozen/10_features.ipynb #4180864b
 def picture_features(
-    panda:PandaGPT,          # with the frozen ImageBind
-    examples:list,           # N of them: with `image_file`, or scenes
-    folder:Path,             # of the files
-    batch_size:int=64,       # pictures at once, fewer where memory runs out
-    workers:int=None,        # processes that decode; None has `decoding_workers` decide
-    progress:bool=True,      # show a bar
-    pictures_a_file:int=2048 # each is written when it is complete
-)->PictureFeatures:          # N rows
+    panda:PandaGPT,           # with the frozen ImageBind
+    examples:list,            # N of them: with `image_file`, or scenes
+    folder:Path,              # of the files
+    batch_size:int=64,        # pictures at once, fewer where memory runs out
+    workers:int=None,         # processes that decode; None has `decoding_workers` decide
+    progress:bool=True,       # show a bar
+    pictures_a_file:int=2048, # each is written when it is complete
+    processes:Processes=ALONE # that share the files
+)->PictureFeatures:           # N rows
     "ImageBind features of the examples' pictures; what is on disk is not computed again"
     require_positive(batch_size=batch_size, pictures_a_file=pictures_a_file)
     if workers is None:
-        workers = decoding_workers(panda.llm.device)
+        workers = decoding_workers(panda.llm.device, processes.count)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     firsts, picture_N = unique_pictures(examples)
@@ -285,6 +287,11 @@ def picture_features(
         paths[rows] = features_path(folder, encoder, part)
         if read_kept(paths[rows], map_rows) is None:
             missing[rows] = paths[rows]
-    if missing:
-        make_files(panda, firsts, missing, batch_size, workers, progress)
+    n_bytes = 2 * panda.encoder.config.embed_dim * sum(map(len, missing))
+    check_space(folder, n_bytes, 'the features')
+    processes.wait() # until all have seen what is missing
+    own = dict(processes.share(list(missing.items())))
+    if own:
+        make_files(panda, firsts, own, batch_size, workers, progress and processes.is_main)
+    processes.wait() # until all have written
     return PictureFeatures([map_rows(path) for path in paths.values()], picture_N)

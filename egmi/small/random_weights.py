@@ -6,14 +6,15 @@
 __all__ = ['CLIP_IDS', 'CLIP_TEXT', 'CLIP_VISION', 'CLAP_TEXT', 'AUDIOLDM_L', 'SCORE_CLIP', 'CLASSIFIERS', 'FULL', 'TINY_TEXT',
            'TINY_VISION', 'TINY_CLAP', 'TINY_HTSAT', 'TINY_SCORE_CLIP', 'TINY_SCORE_CLAP', 'TINY_UNET',
            'TINY_IMAGEBIND', 'TINY_LLM', 'TINY', 'SD_NOISE', 'AUDIOLDM_NOISE', 'COMMIT', 'SHORT', 'GENERATOR_PARTS',
-           'WRITERS', 'Scale', 'text_config', 'autoencoder', 'sound_unet', 'hifigan', 'keep_variance', 'draw',
-           'parameters_of', 'vocabulary_texts', 'write_tokenizer', 'sentencepiece_model', 'write_llm', 'write_delta',
-           'write_imagebind', 'write_stable_diffusion', 'write_audioldm', 'write_clip', 'write_clap', 'write_cnn14',
-           'write_vggish', 'layout_path', 'weight_variables', 'random_preset', 'write_mapper', 'bytes_needed',
-           'bytes_in_memory', 'write_refs', 'file_sizes', 'write_weights']
+           'WRITERS', 'Scale', 'text_config', 'autoencoder', 'sound_unet', 'hifigan', 'keep_variance', 'half_precision',
+           'draw', 'parameters_of', 'vocabulary_texts', 'write_tokenizer', 'sentencepiece_model', 'write_llm',
+           'write_delta', 'write_imagebind', 'write_stable_diffusion', 'write_audioldm', 'write_clip', 'write_clap',
+           'write_cnn14', 'write_vggish', 'layout_path', 'weight_variables', 'random_preset', 'write_mapper',
+           'bytes_needed', 'bytes_in_memory', 'write_refs', 'file_sizes', 'write_weights']
 
 # %% ../../nbs/small/11_random_weights.ipynb #155f0b44
 from collections import OrderedDict
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -50,6 +51,7 @@ class Scale:
     name: str
     models: dict                                # name -> a call without arguments that makes the model
     differs: dict = field(default_factory=dict) # fields of `Preset` that differ from those of `paper`
+    training: dict = field(default_factory=dict) # what differs from the training of `SHORT`
 
 # %% ../../nbs/small/11_random_weights.ipynb #2dc4291b
 def text_config(
@@ -123,7 +125,8 @@ FULL = Scale('full', models=CLASSIFIERS | dict(
         sample_size=1024, scaling_factor=.9655),
     vocoder=hifigan(upsample_initial_channel=1024),
     clip=partial(CLIPModel, SCORE_CLIP),
-    clap=partial(ClapModel, ClapConfig(text_config=CLAP_TEXT.to_dict()))))
+    clap=partial(ClapModel, ClapConfig(text_config=CLAP_TEXT.to_dict()))),
+    training=dict(n_train=256, batch_size=64))
 
 # %% ../../nbs/small/11_random_weights.ipynb #698b38b2
 TINY_TEXT = text_config(CLIPTextConfig, **CLIP_IDS)
@@ -181,15 +184,25 @@ def keep_variance(model:nn.Module):
         if isinstance(module, layers):
             nn.init.kaiming_normal_(module.weight)
 
+@contextmanager
+def half_precision():
+    "What is made in the block is float16"
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float16)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
 def draw(
     scale:Scale,
     name:str,      # of one of its models
     device='cpu',  # where the weights are drawn; `meta` for shapes alone
     seed:int=0
 )->nn.Module:
-    "A model with random weights, in half precision"
+    "A model with random weights, in half precision from the start: that of Vicuna would take 27 GB else"
     torch.manual_seed(seed)
-    with torch.device(device):
+    with torch.device(device), half_precision():
         model = scale.models[name]()
     if name in ('vocoder', *CLASSIFIERS):
         keep_variance(model)
@@ -392,6 +405,7 @@ def random_preset(
     "The `paper` preset with random weights of a scale under the published names, and short recipes"
     paper = get_preset('paper')
     recipes = {name: getattr(paper, name) | differs for name, differs in SHORT.items()}
+    recipes['training'] |= scale.training
     return replace(
         paper, name=f'random-{scale.name}', note='random weights: a rehearsal',
         steps_image=4, steps_audio=4, **recipes, **scale.differs)
