@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['ALONE', 'LOST', 'TO_START', 'TO_MEET', 'Processes', 'LostProcess', 'meeting', 'is_launched', 'connect',
            'speaks_first', 'stop', 'keep_traceback', 'one_line_errors', 'watch_launcher', 'joining', 'check_gpus',
-           'make_accelerator', 'join_processes', 'start_processes']
+           'make_accelerator', 'start_trackers', 'join_processes', 'start_processes']
 
-# %% ../../nbs/base/14_processes.ipynb #dccc2992
-from contextlib import contextmanager, suppress
+# %% ../../nbs/base/14_processes.ipynb #11e9eb45
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -118,14 +119,16 @@ def is_launched()->bool:
     return int(os.environ.get('WORLD_SIZE', 1)) > 1
 
 def connect(
-    seconds:float,       # to wait for whoever listens
-    is_host:bool=False   # listen, and wait for the others
-)->dist.TCPStore:
+    seconds:float,     # to wait, for whoever listens or for the others
+    is_host:bool=False # listen, and wait for the others
+)->dist.TCPStore:      # a RuntimeError or TimeoutError if that fails
     "What the processes of a launch tell each other by"
     address, port = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
     n_processes = int(os.environ['WORLD_SIZE'])
     timeout = timedelta(seconds=seconds)
-    return dist.TCPStore(address, port, n_processes, is_host, timeout, multi_tenant=True)
+    made = ThreadPoolExecutor(1).submit( # a stranger who listens but never answers would be waited for
+        dist.TCPStore, address, port, n_processes, is_host, timeout, multi_tenant=True)
+    return made.result(seconds + 1)
 
 def speaks_first()->bool:
     "Whether no other process of this launch has said what is wrong; asked once"
@@ -133,7 +136,7 @@ def speaks_first()->bool:
         return True
     try:
         return connect(seconds=5).add('egmi/lines', 1) == 1
-    except RuntimeError: # whoever listened is gone
+    except (RuntimeError, TimeoutError): # whoever listened is gone
         return True
 
 # %% ../../nbs/base/14_processes.ipynb #f999d7a5
@@ -168,7 +171,7 @@ def one_line_errors(
     processes:Processes, # of this run
     folder=''            # gets `error.txt` with the traceback
 ):
-    "An error is one line on stderr and exit status 1; without one the run is ended"
+    "An error is one line on stderr and exit status 1; without one the processes part"
     try:
         yield
     except LostProcess as e:
@@ -177,9 +180,11 @@ def one_line_errors(
         stop('stopped: start again, finished work is kept')
     except Exception as e:
         stop(first_line(e) + keep_traceback(folder))
+    if folder and processes.is_main:
+        (Path(folder)/'error.txt').unlink(missing_ok=True) # of a run before
     processes.end()
 
-# %% ../../nbs/base/14_processes.ipynb #f4281553
+# %% ../../nbs/base/14_processes.ipynb #ed768252
 def watch_launcher():
     "When the launcher ends this process, say why even while a GPU is waited for"
     reader, writer = os.pipe()
@@ -199,7 +204,7 @@ def watch_launcher():
     os.register_at_fork(after_in_child=forget)
     Thread(target=wait_for_signal, daemon=True).start()
 
-# %% ../../nbs/base/14_processes.ipynb #630716b8
+# %% ../../nbs/base/14_processes.ipynb #7f878e59
 TO_START = 300          # seconds within which all processes must be there
 TO_MEET = 2 * 3600      # seconds that one process may work while the others wait
 
@@ -208,7 +213,7 @@ def joining():
     "An error while processes are connected says what to do"
     try:
         yield
-    except RuntimeError as e:
+    except (RuntimeError, TimeoutError) as e:
         address, port = os.environ['MASTER_ADDR'], os.environ['MASTER_PORT']
         if 'EADDRINUSE' in str(e):
             raise ConnectionError(f'port {port} is in use: give another with --main_process_port') from e
@@ -221,22 +226,27 @@ def check_gpus():
     n_processes = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     n_gpus = torch.cuda.device_count()
     if n_processes > n_gpus:
-        raise ValueError(f'{n_processes} processes but {n_gpus} GPUs: give --num_processes {n_gpus}')
+        raise ValueError(f'{n_processes} processes but {n_gpus} GPUs: start as many as there are GPUs')
 
-# %% ../../nbs/base/14_processes.ipynb #4281b33f
+# %% ../../nbs/base/14_processes.ipynb #5fc9efd1
 def make_accelerator(
     on_gpu:bool,
     log_with, # as `Accelerator` takes it; '' for none
     folder    # of the trackers
 )->Accelerator:
-    "Connect the processes of a launch, and start the trackers"
+    "What connects the processes of a launch, and has the trackers"
     timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=TO_MEET))
-    accelerator = Accelerator(
+    return Accelerator(
         cpu=not on_gpu, log_with=log_with or None, project_dir=folder or '.', kwargs_handlers=[timeout])
+
+def start_trackers(
+    accelerator:Accelerator,
+    log_with # as it was given to the accelerator
+):
+    "Open the trackers; an ImportError where there is none"
     if log_with and not accelerator.log_with:
         raise ImportError(f'{log_with} is not installed: install it, or leave log_with empty')
     accelerator.init_trackers('egmi')
-    return accelerator
 
 def join_processes(
     on_gpu:bool,
@@ -252,8 +262,9 @@ def join_processes(
         store = connect(TO_START, is_host=os.environ['RANK'] == '0' and not agent_listens)
         accelerator = make_accelerator(on_gpu, log_with, folder)
         group = dist.new_group(timeout=timedelta(seconds=TO_MEET), backend='gloo')
-    device = accelerator.device if on_gpu else torch.device('cpu')
     del store # the group has its own by now
+    start_trackers(accelerator, log_with)
+    device = accelerator.device if on_gpu else torch.device('cpu')
     return Processes(
         accelerator.process_index, accelerator.num_processes, device, accelerator, group)
 
@@ -268,5 +279,8 @@ def start_processes(
             name = best_device() if device == 'auto' else device
             return join_processes(name.startswith('cuda'), log_with, folder)
     device = pick_device(device)
-    accelerator = make_accelerator(device.type == 'cuda', log_with, folder) if log_with else None
+    if not log_with:
+        return Processes(device=device)
+    accelerator = make_accelerator(device.type == 'cuda', log_with, folder)
+    start_trackers(accelerator, log_with)
     return Processes(device=device, accelerator=accelerator)
