@@ -1454,4 +1454,5 @@ d = { 'settings': { 'branch': 'main',
                                'egmi.training.start_trainings': ('paper/training.html#start_trainings', 'egmi/training.py'),
                                'egmi.training.step_blocks': ('paper/training.html#step_blocks', 'egmi/training.py'),
                                'egmi.training.text_targets': ('paper/training.html#text_targets', 'egmi/training.py'),
+                               'egmi.training.train_block': ('paper/training.html#train_block', 'egmi/training.py'),
                                'egmi.training.train_conditioners': ('paper/training.html#train_conditioners', 'egmi/training.py')}}}
