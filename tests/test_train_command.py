@@ -103,8 +103,8 @@ def test_two_processes_make_the_samples_of_one(alone, together):
     images = {f'{name}-images.npy' for name in names if 'GILL' not in name}  # which makes sounds alone
     assert set(made) == set(expected) == audio | images
     for name in made:
-        # weights that differ by 1e-7 are saved in half precision
-        np.testing.assert_allclose(made[name].astype(float), expected[name], atol=2 if name in images else 2e-2)
+        near = 2 if name in images else .02  # weights that differ by 1e-7 are saved in half precision
+        np.testing.assert_allclose(made[name].astype(float), expected[name], atol=near)
     scored = [path.name for path in together.glob('samples/*/*/*.npz')]
     assert len(scored) == len(audio) + len(images)
 
