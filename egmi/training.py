@@ -6,7 +6,7 @@
 __all__ = ['LENGTHS', 'TAIL_ROWS', 'READ_EVERY', 'text_targets', 'ComputedTargets', 'keep_targets', 'Prompts', 'drop_modalities',
            'length_multiple', 'Prefixes', 'ComputedPrefixes', 'KeptPrefixes', 'estimate_lengths', 'keep_prefixes',
            'Conditioner', 'make_conditioner', 'lockstep_losses', 'make_step', 'Lockstep', 'step_blocks', 'record_block',
-           'block_values', 'start_trainings', 'train_conditioners', 'predict_conditions']
+           'block_values', 'train_block', 'start_trainings', 'train_conditioners', 'predict_conditions']
 
 # %% ../nbs/paper/04_training.ipynb #98063d8a
 import hashlib
@@ -420,6 +420,22 @@ def block_values(
     values['samples per second'] = len(block) * config.batch_size / seconds
     return values
 
+# %% ../nbs/paper/04_training.ipynb #d53c8e10
+def train_block(
+    lockstep:Lockstep,
+    trainings:tuple, # S systems
+    block:range      # steps
+)->tuple:            # losses_TS, errors of those that go no further
+    "Some steps of some systems, with the checkpoints that are due"
+    start = time.perf_counter()
+    losses_TS = torch.stack([lockstep.advance(trainings, step) for step in block])
+    errors = record_block(trainings, losses_TS)
+    lockstep.processes.wait() # until the main one has written
+    seconds = time.perf_counter() - start
+    lockstep.processes.log(block_values(trainings, losses_TS, block, seconds), block.stop)
+    return losses_TS, errors
+
+# %% ../nbs/paper/04_training.ipynb #6b9e02fc
 def start_trainings(
     conditioners:dict, # name -> Conditioner
     config:FitConfig,
@@ -472,12 +488,8 @@ def train_conditioners(
         for block in step_blocks(first, config):
             active = tuple(t for t in trainings if len(t.losses) == block.start)
             if active:
-                start = time.perf_counter()
-                losses_TS = torch.stack([lockstep.advance(active, step) for step in block])
-                errors += record_block(active, losses_TS)
-                processes.wait() # until the main process has written what is due
-                seconds = time.perf_counter() - start
-                processes.log(block_values(active, losses_TS, block, seconds), block.stop)
+                losses_TS, said = train_block(lockstep, active, block)
+                errors += said
                 bar.set_postfix(loss=f'{losses_TS.mean().item():.4f}', refresh=False)
             bar.update(len(block) * size)
     if errors:

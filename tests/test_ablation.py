@@ -56,8 +56,8 @@ def cache(new_cache):
 def killed(tmp_path_factory, cache):
     "Folder of a run that was killed between two checkpoints of one step, and the checkpoints."
     folder = tmp_path_factory.mktemp('killed')
-    kill_at('ablation/training/*/Separated mapper, seed 0.pt', folder, cache)
-    return folder, fingerprints(cache.glob('ablation/training/*/*.pt'))
+    kill_at('ablation/training/*/checkpoints/Separated mapper, seed 0.pt', folder, cache)
+    return folder, fingerprints(cache.glob('ablation/training/*/checkpoints/*.pt'))
 
 
 @pytest.fixture(scope='module')
@@ -78,7 +78,7 @@ def test_mappers_trained_before_the_kill_are_used(killed, finished, cache):
     _, before = killed
     assert 1 <= len(before) < 3
     assert fingerprints(before) == before  # not made again
-    assert len(list(cache.glob('ablation/training/*/*.pt'))) == 3
+    assert len(list(cache.glob('ablation/training/*/checkpoints/*.pt'))) == 3
 
 
 def test_table_has_every_system_and_contract_column(table):
@@ -112,7 +112,7 @@ def test_frechet_distances_are_those_of_the_saved_samples(cache, table):
         judge = Judge.from_pretrained(component_path(f'judge/{sense}')).float().eval()
         real_ND, _ = features_and_logits(judge, tensor([getattr(scene, word) for scene in scenes]))
         for system in MAPPERS:
-            path, = cache.glob(f'ablation/generation/*/{system}-0-test-0-4-{name}.npy')
+            path, = cache.glob(f'ablation/generation/*/*/{system}-0-test-0-4-{name}.npy')
             made_ND, _ = features_and_logits(judge, tensor(np.load(path)))
             expected = frechet(real_ND.astype(float), made_ND.astype(float))
             assert table.loc[system, f'fd_{word}'] == pytest.approx(expected, rel=1e-3), (system, word)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ['base', 'toybox', 'frozen', 'paper', 'data', 'evaluation', 'small']
+PARTS = ['base', 'toybox', 'frozen', 'paper', 'data', 'evaluation', 'small', 'commands']
 HEAVY = {'matplotlib', 'IPython', 'diffusers', 'datasets'}
 USERS = {  # module -> the heavy libraries that are its business; whoever imports it may load them too
     'base.drawing': {'matplotlib', 'IPython'},

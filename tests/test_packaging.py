@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ('base', 'toybox', 'frozen', 'data', 'evaluation', 'small')
+PARTS = ('base', 'toybox', 'frozen', 'data', 'evaluation', 'small', 'commands')
 ORACLES = {'statsmodels', 'mel-cepstral-distance', 'panns-inference', 'torchlibrosa', 'torchvggish'}
 
 

@@ -94,7 +94,7 @@ def test_sounds_of_audiocaps_are_compared_with_their_own_captions(finished, tabl
     ceiling, floor = ANCHORS
     sources = [('EGMI mapper', 'EGMI mapper-0', 0), (ceiling, ceiling, 0), (floor, ceiling, 1)]
     for system, files, shift in sources:
-        path, = cache.glob(f'ablation/generation/*/{files}-audiocaps-0-4-audio.npy')
+        path, = cache.glob(f'ablation/generation/*/*/{files}-audiocaps-0-4-audio.npy')
         audio_ND = run_on_arrays('clap', clap, np.load(path), 16_000)['embedding']
         described_ND = np.roll(text_ND, -shift, axis=0)
         norms_N = np.linalg.norm(audio_ND, axis=1) * np.linalg.norm(described_ND, axis=1)
@@ -102,7 +102,7 @@ def test_sounds_of_audiocaps_are_compared_with_their_own_captions(finished, tabl
         np.testing.assert_allclose(found_N, (audio_ND * described_ND).sum(1) / norms_N, atol=2e-4)
     means = clips.groupby('system').clap_text_audio.mean()
     np.testing.assert_allclose(means[table.index], table.clap_text_audio_audiocaps, atol=2e-4)
-    assert not list(cache.glob('ablation/generation/*/*-audiocaps-*-images.npy'))
+    assert not list(cache.glob('ablation/generation/*/*/*-audiocaps-*-images.npy'))
 
 
 def test_random_weights_never_look_like_results(finished, table, record):

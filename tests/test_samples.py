@@ -73,7 +73,7 @@ class Threads(Processes):
     barrier: threading.Barrier = None
 
     def wait(self):
-        self.barrier.wait(timeout=60)
+        self.barrier.wait(timeout=20)
 
 
 def in_threads(count, work):
@@ -146,7 +146,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path):
     peak_memory(tmp_path/'warm', 20)
     few, _ = peak_memory(tmp_path/'few', 40)
     many, left_open = peak_memory(tmp_path/'many', 400)
-    more = 360 * (np.prod(PICTURE) + 4 * LENGTH) # bytes
+    more = 360 * (np.prod(PICTURE) + 4 * LENGTH)  # bytes
     assert many - few < more / 50
     assert left_open == 0
 

@@ -119,13 +119,13 @@ def test_a_run_that_was_cut_short_ends_with_the_same_table(finished, cache, tmp_
     work, = cache.glob('text_to_audio/generation/*')
     trained, = cache.glob('text_to_audio/training/*')
     lost = [
-        trained/'GILL-style mapper/config.json',
+        trained/'GILL-style mapper, seed 0/config.json',
         *work.glob('GILL-style mapper-*/**/*.wav'), *work.glob('AudioLDM-1/**/*2.wav')]
     damaged = [
-        trained/'seconds.json', work/'seconds.json', trained/'GILL-style mapper/model.safetensors',
+        trained/'seconds.json', work/'seconds.json', trained/'GILL-style mapper, seed 0/model.safetensors',
         *work.glob('AudioLDM-0/**/*3.wav')]
-    used = [*trained.glob('NExT-GPT-style mapper/*'), *work.glob('EGMI-*/**/*.wav')]
-    assert (len(lost), len(damaged), len(used)) == (1 + 12 + 1, 3 + 1, 2 + 12)
+    used = [*trained.glob('NExT-GPT-style mapper, seed 0/*'), *work.glob('EGMI-*/**/*.wav')]
+    assert (len(lost), len(damaged), len(used)) == (1 + 12 + 1, 3 + 1, 3 + 12)
     for path in lost:
         path.unlink()
     for path in damaged:

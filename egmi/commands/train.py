@@ -224,18 +224,19 @@ def make_samples(
     processes
 ):
     "Pictures and sounds of held-out captions by all systems, where Table 3 finds them"
-    from egmi.evaluation.reporting import CEILING
-    from egmi.evaluation.trainings import load_training, samples_folder
-    from egmi.training import text_targets
+    from egmi.evaluation.trainings import captions_folder, load_training, samples_folder
     trained = load_training(request.out, panda)
-    folder = samples_folder(run, request.out, held_out)
+    folder = samples_folder(run, request.out)
+    conditions = {}
     for split, examples in held_out.items():
         captions = [e.caption for e in examples]
-        conditions = predict(request, run, trained, captions, panda, processes)
-        conditions[CEILING] = text_targets(*generators, captions).to('cpu')
-        for name, wanted in conditions.items():
+        conditions[split] = predict(request, run, trained, captions, panda, generators, processes)
+    panda.to('cpu') # has no more to do, and leaves its place to the generators
+    for split, predicted in conditions.items():
+        place = captions_folder(folder, held_out[split])
+        for name, wanted in predicted.items():
             print(f'generating: {name}, {split}')
-            sample(run, folder/f'{name}-{split}', wanted, generators, processes)
+            sample(run, place/f'{name}-{split}', wanted, generators, processes)
 
 def predict(
     request:Request,
@@ -243,17 +244,20 @@ def predict(
     trained,       # Trained
     captions:list, # held out
     panda,
+    generators,    # StableDiffusion, AudioLDM
     processes
 )->dict:           # name of the samples -> Conditions
-    "What every system predicts for captions"
+    "What every system predicts for captions, and what the text encoders output"
     from egmi.base.memory import MemoryBudget
+    from egmi.evaluation.reporting import CEILING
     from egmi.evaluation.trainings import sample_name
-    from egmi.training import Prompts, keep_prefixes, predict_conditions
+    from egmi.training import Prompts, keep_prefixes, predict_conditions, text_targets
     budget = MemoryBudget(run.device, request.memory or None)
     prefixes = keep_prefixes(panda, Prompts(captions), budget, progress=processes.is_main)
     conditions = {}
     for (system, seed), conditioner in trained.conditioners.items():
         conditions[sample_name(system, seed)] = predict_conditions(conditioner, panda, prefixes)
+    conditions[CEILING] = text_targets(*generators, captions).to('cpu')
     return conditions
 
 def sample(

@@ -6,7 +6,7 @@
 __all__ = ['UNKNOWN', 'H100', 'MATMUL_TFLOPS', 'RTX_4090_TFLOPS', 'RTX_4090', 'LAPTOP', 'PUBLISHED', 'RATES', 'CARDS', 'MEMORY',
            'TAIL_ROWS', 'STRENGTHS', 'Rates', 'slow_down', 'find_rates', 'nearest_card', 'known', 'cost_row', 'Cost',
            'format_seconds', 'format_gib', 'at_batch', 'step_seconds', 'step_gib', 'disk_space', 'weight_rows',
-           'training_rows', 'room_notes', 'make_cost', 'estimate_training', 'sample_rows', 'rest_row',
+           'step_rows', 'training_rows', 'room_notes', 'make_cost', 'estimate_training', 'sample_rows', 'rest_row',
            'estimate_ablation', 'estimate_text_to_audio', 'estimate_audio_editing']
 
 # %% ../../nbs/evaluation/14_costs.ipynb #27278e3d
@@ -300,11 +300,11 @@ def weight_rows(
     preset:Preset,
     processes:int,
     rates:Rates
-)->list: # empty where the package has the weights
+)->list: # empty where the package has the weights, or a rehearsal writes its own
     "The published weights"
     from egmi.evaluation.checks import bytes_held
     from egmi.frozen.weights import sources_of
-    sources = sources_of(preset)
+    sources = [source for source in sources_of(preset) if source.parameters]
     if not sources:
         return []
     gigabytes = sum(source.gigabytes for source in sources)
@@ -313,21 +313,17 @@ def weight_rows(
         'weights', len(sources), 'parts', gpu_gib=rates.llm_gib, host_gib=processes * held / 2**30,
         disk_gib=gigabytes * 1e9 / 2**30)]
 
-# %% ../../nbs/evaluation/14_costs.ipynb #93c816c5
-def training_rows(
+# %% ../../nbs/evaluation/14_costs.ipynb #9330e864
+def step_rows(
     preset:Preset,
-    recipe:dict,    # steps, or None for one pass over the pairs; batch_size
+    recipe:dict, # steps, or None for one pass over the pairs; batch_size
     n_pairs:int,
-    n_pictures:int,
-    systems:int,
+    systems:int, # side by side
     processes:int,
     rates:Rates
-)->list: # features, targets, training
-    "What comes before the training steps, and these"
+)->list:         # targets, training
+    "Training of some systems"
     host_gib = processes * rates.host_gib
-    features = cost_row(
-        'features', n_pictures, 'pictures', n_pictures / rates.features_s / processes,
-        rates.llm_gib + rates.features_gib, host_gib, disk_space(preset, features=n_pictures))
     targets = cost_row(
         'targets', n_pairs, 'captions', n_pairs * rates.targets_ms / 1e3 / processes,
         rates.llm_gib + rates.rest_gib, host_gib)
@@ -338,7 +334,25 @@ def training_rows(
     training = cost_row(
         'training', steps, f'steps of {batch} pairs{together}', steps * step_seconds(rates, own, systems),
         step_gib(rates, own, systems), host_gib, disk_space(preset, mappers=systems))
-    return [features, targets, training]
+    return [targets, training]
+
+def training_rows(
+    preset:Preset,
+    recipe:dict,
+    n_pairs:int,
+    n_pictures:int,
+    groups:tuple, # number of systems in each
+    processes:int,
+    rates:Rates
+)->list:
+    "Features of the pictures, and the training of one group after the other"
+    rows = [cost_row(
+        'features', n_pictures, 'pictures', n_pictures / rates.features_s / processes,
+        rates.llm_gib + rates.features_gib, processes * rates.host_gib,
+        disk_space(preset, features=n_pictures))]
+    for systems in groups:
+        rows += step_rows(preset, recipe, n_pairs, systems, processes, rates)
+    return rows
 
 # %% ../../nbs/evaluation/14_costs.ipynb #7be2f670
 def room_notes(
@@ -372,20 +386,21 @@ def make_cost(
         notes.append('what processes send each other is not counted, for nobody has measured it')
     return Cost(title, tuple(rows), tuple(notes))
 
-# %% ../../nbs/evaluation/14_costs.ipynb #62d670d3
+# %% ../../nbs/evaluation/14_costs.ipynb #ee7f2417
 def estimate_training(
     preset:Preset,
     recipe:dict,     # steps, or None for one pass over the pairs; batch_size
     n_pairs:int,     # to train on
     n_pictures:int,  # of these pairs, each counted once
-    systems:int,     # designs times seeds, trained side by side
+    systems:int|tuple, # trained side by side; a tuple has the numbers of groups that follow each other
     processes:int=1, # each with a card of its own
     card:str='H100'  # one of `CARDS`
 )->Cost:
     "What it takes to train mappers"
     rates = find_rates(preset, card)
+    groups = (systems,) if isinstance(systems, int) else systems
     rows = weight_rows(preset, processes, rates)
-    rows += training_rows(preset, recipe, n_pairs, n_pictures, systems, processes, rates)
+    rows += training_rows(preset, recipe, n_pairs, n_pictures, groups, processes, rates)
     return make_cost('training', preset, card, processes, rows, recipe)
 
 # %% ../../nbs/evaluation/14_costs.ipynb #4da605a9
@@ -419,7 +434,7 @@ def rest_row(
     return cost_row(
         'loading, scores', n_sounds, 'sounds', seconds, rates.llm_gib + rates.rest_gib, rates.host_gib)
 
-# %% ../../nbs/evaluation/14_costs.ipynb #d1684604
+# %% ../../nbs/evaluation/14_costs.ipynb #b657bbf9
 def estimate_ablation(
     preset:Preset,   # says how many denoising steps
     recipe:dict,     # of the training; None if trained systems are given
@@ -435,14 +450,14 @@ def estimate_ablation(
     rates = find_rates(preset, card)
     rows = weight_rows(preset, processes, rates)
     if recipe:
-        rows += training_rows(preset, recipe, n_pairs, n_pictures, systems, processes, rates)
+        rows += training_rows(preset, recipe, n_pairs, n_pictures, (systems,), processes, rates)
     made = systems + 1 # the text encoders are one
     all_sounds = made * (n_captions + n_sounds)
     rows += sample_rows(preset, made * n_captions, all_sounds, processes, rates)
     rows.append(rest_row('ablation', all_sounds, rates))
     return make_cost('Table 3', preset, card, processes, rows, recipe)
 
-# %% ../../nbs/evaluation/14_costs.ipynb #b657bbf9
+# %% ../../nbs/evaluation/14_costs.ipynb #b5b7d1d3
 def estimate_text_to_audio(
     preset:Preset,   # says how many denoising steps
     recipe:dict,     # of the two baselines; None if they are given
@@ -458,8 +473,7 @@ def estimate_text_to_audio(
     rates = find_rates(preset, card)
     rows = weight_rows(preset, processes, rates)
     if recipe:
-        first = training_rows(preset, recipe, n_pairs, n_pictures, 1, processes, rates)
-        rows += first + first[1:] # features are kept on disk
+        rows += training_rows(preset, recipe, n_pairs, n_pictures, (1, 1), processes, rates)
     n_sounds = (3 + audioldms) * seeds * n_captions
     rows += sample_rows(preset, 0, n_sounds, processes, rates)
     rows.append(rest_row('text_to_audio', n_sounds, rates))

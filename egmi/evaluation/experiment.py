@@ -143,7 +143,8 @@ def check_sizes(
             continue
         require_positive(**{name: size})
         if size < least:
-            raise ValueError(f'{name} must be {least} or more, not {size!r}: intervals need {least} clips')
+            raise ValueError(
+                f'{name} must be {least} or more, not {size!r}: intervals need {least} clips')
 
 # %% ../../nbs/evaluation/07_experiment.ipynb #544f5855
 def with_steps(

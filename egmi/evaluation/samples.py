@@ -7,7 +7,7 @@ __all__ = ['PART_SIZE', 'part_rows', 'part_file', 'make_missing', 'Rows', 'write
            'generate_samples']
 
 # %% ../../nbs/evaluation/08_samples.ipynb #d85412f0
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -54,7 +54,7 @@ def make_missing(
 
 # %% ../../nbs/evaluation/08_samples.ipynb #4f0f47d2
 @dataclass(frozen=True)
-class Rows:
+class Rows(Sequence):
     "The rows of several `.npy` files, each read where it is asked for"
     files:list    # Paths, in order
     part_size:int # rows of each file but the last
