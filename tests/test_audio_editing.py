@@ -107,6 +107,7 @@ def test_record_says_what_ran(finished):
     (dict(strenght=.5), ValueError, "unknown parameter 'strenght': did you mean 'strength'?"),
     (dict(n_eval=0), ValueError, 'n_eval must be a whole number of 1 or more, not 0'),
     (dict(n_eval=1), ValueError, 'n_eval must be 2 or more, not 1: intervals need 2 clips'),
+    (dict(sampling_batch=-1), ValueError, 'sampling_batch must be a whole number of 1 or more, not -1'),
     (dict(seeds=[]), ValueError, 'give a seed'),
     (dict(strength=1.2), ValueError, 'strength must lie between 0 and 1, not 1.2'),
     (dict(strengths=[.5, -1]), ValueError, 'strength must lie between 0 and 1, not -1'),

@@ -21,6 +21,7 @@ from accelerate.utils.other import get_free_port
 
 from egmi.base.config import get_preset
 from egmi.base.processes import ALONE, Processes, start_processes
+from egmi.evaluation.checks import bytes_written
 from egmi.evaluation.outputs import load_networks, network_sources, run_on_arrays
 from egmi.evaluation.samples import generate_samples
 from egmi.evaluation.scoring import run_on_samples, score_references, score_samples
@@ -182,6 +183,8 @@ def test_two_processes_equal_one(tmp_path):
     written = contents(together)
     assert len(written) == 2 + 2 * 4 + 4 * 4  # samples, and four networks
     assert {name: written[name] for name in written if 'json' not in name} == contents(alone)
+    estimate = bytes_written(get_preset('mini'), pictures=7, sounds=7)
+    assert .7 * estimate < sum(map(len, contents(alone).values())) <= estimate
 
 
 @pytest.mark.slow
