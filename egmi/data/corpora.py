@@ -123,16 +123,17 @@ def check_enough(
     there,    # what a folder has
     n:int,    # how many are asked for; None is all of them
     word:str, # what they are
-    folder:Path
+    folder:Path,
+    max_bad:float=0. # share of them that may be missing
 ):
     "An error if a folder has too few"
-    if n is not None and len(there) < n:
+    if n is not None and len(there) < (1 - max_bad) * n:
         raise ValueError(f'{folder} has {len(there):,} {word}, and {n:,} are asked for: ask for fewer')
 
 def coco_parts(
     folder:str|Path, # with `dataset_coco.json`, or with `annotations` of 2017 or 2014
     n_train:int,     # captions; None is all
-    n_test:int,      # pictures; None is all
+    n_test:int,      # pictures, of which a share of `max_bad` may be missing; None is all
     **check          # `max_bad` and `decode` of `keep_good_examples`
 )->tuple:            # training captions; the first caption of every held-out picture
     "The first captions of COCO's two parts, split as Karpathy did where his file is there"
@@ -150,7 +151,7 @@ def coco_parts(
     for example in test:
         first_captions.setdefault(example.image_file, example)
     check_enough(train, n_train, 'captions to train on', folder)
-    check_enough(first_captions, n_test, 'held-out pictures', folder)
+    check_enough(first_captions, n_test, 'held-out pictures', folder, check.get('max_bad', 0.))
     return train[:n_train], list(first_captions.values())[:n_test]
 
 # %% ../../nbs/data/05_corpora.ipynb #a1a649f9
