@@ -170,6 +170,7 @@ def run_cases(processes, folder):
     if (folder/'begun alone').exists():
         cases['continued'] = train(processes, checkpoints=folder/'begun alone')[0]
     stop_early(processes, folder/'begun by all')
+    time.sleep(processes.index)  # the second one comes when the first could have begun
     cases['features'] = extract(processes, folder/'features').tolist()
     cases['processes'] = processes.count
     cases['written'] = [path.stem for path in (folder/'features').iterdir()]
