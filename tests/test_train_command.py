@@ -248,6 +248,13 @@ def test_a_wrong_option_is_one_line_and_status_2(options, message, call, tmp_pat
 def test_a_folder_that_is_not_there_is_one_line(call, tmp_path):
     status, _, (line,) = call('--data', tmp_path/'none')
     assert status == 1 and f'there is no folder {tmp_path}/none' in line
+    assert not (tmp_path/'out').exists()
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(call, tmp_path):
+    (tmp_path/'file').touch()
+    status, _, (line,) = call('--out', tmp_path/'file/out')
+    assert status == 1 and 'choose another folder with --out DIR' in line
 
 
 def test_a_folder_of_ones_own_has_no_captions_held_out(call, tmp_path):
@@ -259,6 +266,23 @@ def test_a_folder_without_captions_is_one_line(call, tmp_path):
     (tmp_path/'pictures').mkdir()
     status, _, (line,) = call('--data', tmp_path/'pictures')
     assert status == 1 and 'has no captioned pictures: add captions.csv' in line
+
+
+def test_pairs_that_are_not_those_of_the_folder_are_one_line(call, tmp_path):
+    from egmi.base.config import get_preset
+    from egmi.evaluation.trainings import begin_training, read_pairs, training_recipe
+    mini = get_preset('mini')
+    pairs = read_pairs(mini, '', 4)['train']
+    recipe = training_recipe(mini, '', pairs, ['EGMI mapper'], [0], mini.training)
+    begin_training(tmp_path/'out', pairs, recipe, 'egmi-train')
+    own = tmp_path/'own'
+    own.mkdir()
+    for i, scene in enumerate(pairs):
+        scene.image.save(own/f'{i}.png')
+        (own/f'{i}.txt').write_text(scene.caption)
+    status, _, (line,) = call('--n-train', '4', '--data', own)
+    assert status == 1 and f'{tmp_path}/out holds a training with another recipe: ids (' in line
+    assert 'steps' not in line
 
 
 def test_weights_that_lack_are_one_line(call, tmp_path, monkeypatch):

@@ -160,10 +160,10 @@ def print_costs(
     for card in RATES.get(request.preset.name, ['CPU']):
         print(estimate_cost(request, n_pairs, n_pictures, processes, card), end='\n\n')
 
-# %% ../../nbs/commands/01_train.ipynb #98c633cf
+# %% ../../nbs/commands/01_train.ipynb #dfe13b10
 def check_machine(
     request:Request,
-    device # torch.device
+    processes
 ):
     "An error that lists everything that the request needs and this machine lacks"
     from egmi.evaluation.checks import check_run
@@ -173,10 +173,13 @@ def check_machine(
     parts = FROZEN
     if request.samples:
         parts = (*FROZEN, 'clip', 'clap', 'judge')
-    more = [
-        partial(check_pairs, request.preset, request.data, request.samples),
-        partial(check_writable, request.out, '--out DIR')]
-    check_run(request.preset, device, parts, {}, 0, more=more)
+    batch_size = request.settings['batch_size']
+    if batch_size < processes.count:
+        raise ValueError(f'a batch of {batch_size} pairs is too small for {processes.count} processes: '
+                         'start fewer, or raise --batch-size')
+    pairs = partial(check_pairs, request.preset, request.data, request.samples)
+    check_run(request.preset, processes.device, parts, {}, 0, more=[pairs])
+    check_writable(request.out, '--out DIR')
 
 def check_disk(
     request:Request,
@@ -293,7 +296,7 @@ def run_request(
     if request.preset.note:
         request = prepare_rehearsal(request, processes)
     run = Experiment('trained', request.preset, processes.device)
-    check_machine(request, run.device)
+    check_machine(request, processes)
     parts = read_pairs(
         request.preset, request.data, request.settings['n_train'], request.samples, request.samples)
     pairs = parts.pop('train')
@@ -399,7 +402,7 @@ def start(
     if dry_run:
         with one_line_errors(ALONE):
             return print_costs(request, processes=1)
-    with one_line_errors(ALONE, request.out):
+    with one_line_errors(ALONE):
         processes = start_processes(device, log_with, request.out)
     quiet = nullcontext() if processes.is_main else redirect_stdout(io.StringIO())
     with one_line_errors(processes, request.out), quiet:
