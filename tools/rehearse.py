@@ -1,7 +1,8 @@
 """Rehearse the three tables of preset paper with random weights, as many as fit into a time limit.
 
-Each table is one papermill command, as a user gives it. What its stages took goes to OUT/rehearsal-table3.json
-(and 1, 2), also of a table that the limit has cut off. The first table writes the weights for all.
+Each table is one papermill command, as a user gives it. What its stages took is printed, beside what the real
+run would take, and goes to OUT/rehearsal-table3.json (and 1, 2), also of a table that the limit has cut off.
+The first table writes the weights for all.
 """
 import argparse
 import json
@@ -13,13 +14,18 @@ import tempfile
 import time
 from pathlib import Path
 
+import pandas as pd
+
+from egmi.base.config import get_preset
 from egmi.base.files import write_json
+from egmi.evaluation.costs import estimate_table
 from egmi.evaluation.experiment import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = {'3': 'ablation', '1': 'text_to_audio', '2': 'audio_editing'}
-RECORDED = ('config', 'seconds', 'memory', 'peak_memory_gib', 'code', 'libraries', 'python', 'system', 'hardware',
-            'date')
+RECORDED = (
+    'config', 'seconds', 'memory', 'peak_memory_gib', 'code', 'libraries', 'python', 'system', 'hardware',
+    'date')
 
 
 def parse_arguments():
@@ -27,7 +33,7 @@ def parse_arguments():
     parser.add_argument('--tables', default='3 1 2', help='in this order')
     parser.add_argument('--limit', type=float, default=1200, help='seconds for all of them')
     parser.add_argument('--weights', default='random', help='random (of published sizes) or tiny')
-    parser.add_argument('--gpu-gib', type=float, help='memory of a smaller GPU, to find out whether it is enough')
+    parser.add_argument('--gpu-gib', type=float, help='of a smaller GPU, to find out whether it is enough')
     parser.add_argument('--out', type=Path, default=Path('runs/gpu'), help='folder of the records')
     parser.add_argument('parameters', nargs='*', help='of the notebooks, as NAME=VALUE')
     arguments = parser.parse_args()
@@ -63,7 +69,8 @@ def command(table, arguments, folder):
 
 def run(line, environment, seconds):
     "Last line of its errors, empty if it went well; SIGINT lets the notebook end what it writes."
-    process = subprocess.Popen(line, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        line, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
         _, errors = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -104,7 +111,12 @@ def rehearse(table, arguments, environment, left):
         record = read_record(folder/'out', arguments)
     seconds = round(time.monotonic() - start, 1)
     result = dict(table=int(table), finished=not error, error=error, total_seconds=seconds)
+    real = estimate_table(get_preset('paper'), int(table))
+    result |= dict(real_run=dict(title=real.title, rows=real.rows, notes=real.notes))
     write_json(arguments.out/f'rehearsal-table{table}.json', result | record)
+    stages = pd.DataFrame(record.get('memory', {})).T.assign(seconds=pd.Series(record['seconds']))
+    print(stages.round(2).to_string())
+    print(f'The real run: {real}')
     print(f'table {table}: {seconds:.0f} s' + (f', {error}' if error else ''), flush=True)
     return not error
 

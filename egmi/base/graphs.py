@@ -130,7 +130,7 @@ def try_plain(
     self:CapturedStep,
     *tensors # inputs of a signature that is new
 ):
-    "The step as it is, before it is recorded; graphs of other signatures go if they leave too little memory for it"
+    "The step as it is, before it is recorded; graphs of other signatures go if they leave it no memory"
     try:
         return self.run(*tensors)
     except RuntimeError as error:

@@ -7,7 +7,7 @@ __all__ = ['UNKNOWN', 'H100', 'MATMUL_TFLOPS', 'RTX_4090_TFLOPS', 'RTX_4090', 'L
            'TAIL_ROWS', 'STRENGTHS', 'Rates', 'slow_down', 'find_rates', 'nearest_card', 'known', 'cost_row', 'Cost',
            'format_seconds', 'format_gib', 'at_batch', 'step_seconds', 'step_gib', 'disk_space', 'weight_rows',
            'step_rows', 'training_rows', 'room_notes', 'make_cost', 'estimate_training', 'sample_rows', 'rest_row',
-           'estimate_ablation', 'estimate_text_to_audio', 'estimate_audio_editing']
+           'estimate_ablation', 'estimate_text_to_audio', 'estimate_audio_editing', 'pairs_of', 'estimate_table']
 
 # %% ../../nbs/evaluation/14_costs.ipynb #27278e3d
 from dataclasses import dataclass, field, replace
@@ -504,3 +504,40 @@ def estimate_audio_editing(
         rates.llm_gib + rates.sound_gib, rates.host_gib, disk_space(preset, sounds=n_sounds))
     rows = [*weight_rows(preset, 1, rates), edits, rest_row('audio_editing', n_sounds, rates)]
     return make_cost('Table 2', preset, card, 1, rows)
+
+# %% ../../nbs/evaluation/14_costs.ipynb #beb0fef6
+def pairs_of(
+    preset:Preset
+)->tuple: # pairs and pictures
+    "What a preset trains on"
+    from egmi.data.corpora import COCO_CAPTIONS, COCO_PICTURES
+    if preset.toybox:
+        return preset.training['n_train'], preset.training['n_train']
+    return COCO_CAPTIONS, COCO_PICTURES
+
+def estimate_table(
+    preset:Preset,
+    table:int,           # 1, 2 or 3
+    card:str='H100',     # one of `CARDS`
+    batch_size:int=None, # of the training; None is the preset's
+    designs:int=3        # of the mapper, in Table 3
+)->Cost:
+    "A table as the preset's recipe has it"
+    from egmi.data.corpora import AUDIOCAPS_CLIPS
+    recipe = preset.training | dict(batch_size=batch_size or preset.training['batch_size'])
+    if table == 3:
+        sizes = preset.ablation
+        n_captions = sizes['n_eval'] + (sizes['n_vocabulary'] or 0)
+        n_sounds = 0 if preset.toybox else sizes['n_sounds'] or AUDIOCAPS_CLIPS
+        systems = designs * len(sizes['seeds'])
+        return estimate_ablation(
+            preset, recipe, *pairs_of(preset), systems, n_captions, n_sounds, card=card)
+    if table == 1:
+        sizes = preset.text_to_audio
+        n_captions = sizes['n_eval'] or AUDIOCAPS_CLIPS
+        return estimate_text_to_audio(
+            preset, recipe, *pairs_of(preset), n_captions, len(sizes['seeds']), card=card)
+    sizes = preset.audio_editing
+    n_data = 0 if preset.toybox else sizes['n_data']
+    return estimate_audio_editing(
+        preset, sizes['n_eval'], sizes['n_strength'], n_data, len(sizes['seeds']), card=card)

@@ -278,7 +278,7 @@ def stage(
     self:Experiment,
     name:str
 ):
-    "Time a block and watch its memory; the seconds are kept beside the stage's work, all stages in stages.json"
+    "Time a block and watch its memory; its seconds are kept beside its work, all stages in stages.json"
     try:
         with time_stage(self.seconds, name), watch_memory(self.memory, name, self.device):
             yield
