@@ -315,13 +315,13 @@ class Lockstep:
     "Systems that train side by side on the same batches"
     def __init__(
         self,
-        panda:PandaGPT,      # the frozen LLM
-        prefixes,            # as `keep_prefixes` returns them, N of them
-        targets,             # as `keep_targets` returns them, N rows
+        panda:PandaGPT,           # the frozen LLM
+        prefixes,                 # as `keep_prefixes` returns them, N of them
+        targets,                  # as `keep_targets` returns them, N rows
         config:FitConfig,
         weights:LossWeights,
-        error,               # as `alignment_loss` takes it
-        processes:Processes  # that share the rows of a batch
+        error,                    # as `alignment_loss` takes it
+        processes:Processes=ALONE # that share the rows of a batch
     ):
         self.panda = panda
         self.prefixes = prefixes
