@@ -56,6 +56,8 @@ def compare_systems(
 )->dict:          # system -> `{column}_diff`, `_diff_low`, `_diff_high`, `_diff_p` -> number
     "Differences of each system from the baseline, clip by clip, with interval and p"
     rows = {system: {} for system in scores if system != baseline}
+    if not rows: # the baseline is alone
+        return rows
     for family in families:
         names = []
         for column in family:
