@@ -350,6 +350,22 @@ def step_of(
     return self.steps[trainings]
 
 @patch
+def shrink(
+    self:Lockstep,
+    trainings:tuple, # the systems
+    error            # that says that memory ran out
+):
+    "Have half as many systems run at once, and let go what the last attempt holds"
+    self.together = min(self.together, len(trainings)) // 2
+    if self.together == 0:
+        raise RuntimeError(
+            f'training: out of memory with {self.n_rows} prompts of one system: lower batch_size '
+            f'(now {self.config.batch_size}), or start more processes') from error
+    self.steps.clear()
+    for training in trainings:
+        training.optimizer.zero_grad()
+
+@patch
 def advance(
     self:Lockstep,
     trainings:tuple, # the systems
@@ -364,14 +380,11 @@ def advance(
             losses_S = self.step_of(trainings)(wanted.image, wanted.audio, *inputs)
             break
         except RuntimeError as e:
-            self.together = min(self.together, len(trainings))
-            if self.together == 1 or not should_reduce_batch_size(e):
+            if not should_reduce_batch_size(e):
                 raise
-        self.together //= 2
-        self.steps.clear()
+            self.shrink(trainings, e)
         warnings.warn(f'training: out of memory, going on with {self.together} systems at once', stacklevel=2)
-    grads = [p.grad for training in trainings for p in training.trained]
-    self.processes.add([losses_S, *grads])
+    self.processes.add([losses_S, self.step_of(trainings).gradient])
     for training in trainings:
         training.update(step)
     return losses_S
@@ -454,6 +467,11 @@ def start_trainings(
     if not torch.equal(all_steps_S, processes.count * steps_S):
         raise RuntimeError(f'the processes find other checkpoints in {checkpoints}: the folder must be '
                            'the same for all, and nobody else may write to it')
+    for training in trainings: # from the weights of the main process, whatever GPUs have drawn
+        weights = [p.data for p in training.trained]
+        if not processes.is_main:
+            torch._foreach_zero_(weights)
+        processes.add(weights)
     return trainings
 
 # %% ../nbs/paper/04_training.ipynb #aa2cd0aa
@@ -492,6 +510,8 @@ def train_conditioners(
                 errors += said
                 bar.set_postfix(loss=f'{losses_TS.mean().item():.4f}', refresh=False)
             bar.update(len(block) * size)
+    for training in trainings:
+        training.optimizer.zero_grad() # gradients take as much memory as weights
     if errors:
         raise FloatingPointError('; '.join(errors))
     return {training.desc: training.losses for training in trainings}

@@ -318,6 +318,6 @@ def test_the_dry_run_needs_neither_weights_nor_data(call, tmp_path, monkeypatch)
 
 def test_three_mappers_on_all_of_coco_take_less_than_an_hour():
     from egmi.commands.train import count_pairs, estimate_cost, make_request
-    request = make_request('paper', 'pretrained', '', ','.join(SYSTEMS[:3]), '0', {}, 0, None, 0., '')
+    request = make_request('paper', 'pretrained', '', ','.join(SYSTEMS[:3]), '0', {}, 0, '', None, 0., '')
     cost = estimate_cost(request, *count_pairs(request), processes=1, card='H100')
     assert 1800 < cost.seconds < 3600

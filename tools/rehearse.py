@@ -67,20 +67,27 @@ def command(table, arguments, folder):
     return list(map(str, line))
 
 
+def end(process):
+    "Have papermill end its kernel, which ends by itself if papermill is killed."
+    os.killpg(process.pid, signal.SIGINT)
+    try:
+        process.communicate(timeout=20)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
 def run(line, environment, seconds):
-    "Last line of its errors, empty if it went well; SIGINT lets the notebook end what it writes."
+    "Run a command; the last line of its errors, empty if it went well."
     process = subprocess.Popen(
         line, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
         _, errors = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGINT)
-        try:
-            process.communicate(timeout=20)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
         return f'stopped after {seconds:.0f} s'
+    finally: # also of Ctrl-C
+        if process.poll() is None:
+            end(process)
     if process.returncode == 0:
         return ''
     print(errors[-3000:], file=sys.stderr)
@@ -123,6 +130,7 @@ def rehearse(table, arguments, environment, left):
 
 def main():
     arguments = parse_arguments()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     arguments.out.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     environment = os.environ | smaller_gpu(arguments.gpu_gib)

@@ -130,9 +130,10 @@ def save_training_state(
     )
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    written = buffer.getvalue()
-    with replacing(path) as beside:
-        beside.write_bytes(sha256(written).digest() + written)
+    written = buffer.getbuffer()
+    with replacing(path) as beside, open(beside, 'wb') as f:
+        f.write(sha256(written).digest())
+        f.write(written)
 
 def read_training_state(
     path:Path

@@ -83,7 +83,10 @@ class CapturedStep:
     ):
         self.step = step
         self.trained = list(trained)
-        self.grads = [torch.zeros_like(p) for p in self.trained]
+        sizes = [p.numel() for p in self.trained]
+        first = self.trained[0]
+        self.gradient = torch.zeros(sum(sizes), device=first.device, dtype=first.dtype) # of all
+        self.grads = [part.view_as(p) for part, p in zip(self.gradient.split(sizes), self.trained)]
         self.device = torch.device(device)
         self.records = self.device.type == 'cuda'
         self.graphs = {}
@@ -93,7 +96,7 @@ class CapturedStep:
         *tensors # inputs of the step, on any device
     )->Tensor:   # losses, without a graph of autograd
         "One step as it is, from gradients of zero"
-        torch._foreach_zero_(self.grads)
+        self.gradient.zero_()
         inputs = [send(t, self.device) for t in tensors]
         return self.step(*inputs).detach()
 

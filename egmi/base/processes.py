@@ -67,7 +67,7 @@ def meeting():
     try:
         yield
     except RuntimeError as e:
-        raise LostProcess(LOST) from e
+        raise LostProcess(f'{LOST} ({first_line(e)})') from e
 
 # %% ../../nbs/base/14_processes.ipynb #bb3fe68b
 @patch
@@ -87,12 +87,9 @@ def add(
     "Sum each tensor over all processes, in place"
     if self.count == 1:
         return
-    flat = torch.cat([t.reshape(-1) for t in tensors])
     with meeting():
-        dist.all_reduce(flat, group=self.group if flat.is_cpu else None)
-    parts = flat.split([t.numel() for t in tensors])
-    for tensor, part in zip(tensors, parts):
-        tensor.copy_(part.view_as(tensor))
+        for tensor in tensors:
+            dist.all_reduce(tensor, group=self.group if tensor.is_cpu else None)
 
 # %% ../../nbs/base/14_processes.ipynb #daa0d61c
 @patch
@@ -115,8 +112,9 @@ def end(
 
 # %% ../../nbs/base/14_processes.ipynb #8720bf16
 def is_launched()->bool:
-    "Whether this is one of several processes that a launcher has started"
-    return int(os.environ.get('WORLD_SIZE', 1)) > 1
+    "Whether this is one of several processes that a launcher has started; a scheduler sets the size alone"
+    has_launcher = {'RANK', 'MASTER_ADDR', 'MASTER_PORT'} <= os.environ.keys()
+    return has_launcher and int(os.environ.get('WORLD_SIZE', 1)) > 1
 
 def connect(
     seconds:float,     # to wait, for whoever listens or for the others
@@ -179,9 +177,13 @@ def one_line_errors(
     try:
         yield
     except LostProcess as e:
-        stop(first_line(e))
+        keep_traceback(folder)
+        stop(str(e))
     except KeyboardInterrupt:
         stop('stopped: start again, finished work is kept')
+    except (OSError, ValueError) as e: # a list of what is missing becomes one line
+        lines = str(e).splitlines() or [type(e).__name__]
+        stop('; '.join(lines) + keep_traceback(folder))
     except Exception as e:
         stop(first_line(e) + keep_traceback(folder))
     if folder and processes.is_main:
@@ -267,9 +269,11 @@ def join_processes(
         store = connect(TO_START, is_host=os.environ['RANK'] == '0' and not agent_listens)
         accelerator = make_accelerator(on_gpu, log_with, folder)
         group = dist.new_group(timeout=timedelta(seconds=TO_MEET), backend='gloo')
+        device = accelerator.device if on_gpu else torch.device('cpu')
+        if on_gpu: # NCCL takes its memory now, and not when the GPU is full
+            dist.all_reduce(torch.ones(1, device=device))
     del store # the group has its own by now
     start_trackers(accelerator, log_with)
-    device = accelerator.device if on_gpu else torch.device('cpu')
     return Processes(
         accelerator.process_index, accelerator.num_processes, device, accelerator, group)
 

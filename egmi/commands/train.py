@@ -33,23 +33,25 @@ class Request:
     seeds:list     # each system is trained once for each
     settings:dict  # as `Preset.training` has them
     samples:int    # held-out captions of which samples are made
+    sounds:str     # AudioCaps, of whose captions sounds are made; empty is none
     memory:float   # GiB for prefixes and targets; 0 is two fifths of what is free
     out:Path       # of the results
     command:str    # that asked for it
 
 # %% ../../nbs/commands/01_train.ipynb #775985ed
 def parse_systems(
-    text:str # names with commas between them, or all
+    text:str # names with commas between them, mappers (those of Table 3), or all
 )->list:
     "The systems that are named; ValueError for a name that is none"
     from egmi.mapper import BASELINES, MAPPERS
     known = [*MAPPERS, *BASELINES]
-    if text == 'all':
-        return known
+    groups = dict(mappers=[*MAPPERS], all=known)
+    if text in groups:
+        return groups[text]
     names = [name.strip() for name in text.split(',')]
     for name in names:
         if name not in known:
-            raise ValueError(f'--systems: there is no {name!r}: choose from {", ".join(known)}, or all')
+            raise ValueError(f'--systems: there is no {name!r}: choose from {", ".join([*known, *groups])}')
     return list(dict.fromkeys(names))
 
 def parse_seeds(
@@ -96,6 +98,7 @@ def make_request(
     seeds:str,
     settings:dict,           # options that differ from the recipe; None leaves the recipe's
     samples:int,
+    sounds:str,
     sampling_steps:int|None,
     memory:float,
     out:str
@@ -109,7 +112,7 @@ def make_request(
     return Request(
         preset=with_steps(chosen, sampling_steps), weights=weights, data=data,
         systems=parse_systems(systems), seeds=parse_seeds(seeds), settings=settings, samples=samples,
-        memory=memory, out=Path(out or f'runs/{chosen.name}/trained'),
+        sounds=sounds, memory=memory, out=Path(out or f'runs/{chosen.name}/trained'),
         command=shlex.join(['egmi-train', *sys.argv[1:]]))
 
 # %% ../../nbs/commands/01_train.ipynb #02702868
@@ -141,14 +144,22 @@ def estimate_cost(
     card:str # one of `CARDS`
 ):           # Cost
     "What it takes to train, and to make samples"
+    from egmi.data.corpora import AUDIOCAPS_CLIPS
     from egmi.evaluation.costs import estimate_training, find_rates, sample_rows
+    from egmi.mapper import MAPPERS
     preset = request.preset
-    n_systems = len(request.systems) * len(request.seeds)
+    n_seeds = len(request.seeds)
+    mappers = [system for system in request.systems if system in MAPPERS]
+    groups = [n_seeds] * (len(request.systems) - len(mappers)) # baselines are trained one after the other
+    if mappers:
+        groups = [n_seeds * len(mappers), *groups]
     cost = estimate_training(
-        preset, request.settings, n_pairs, n_pictures, n_systems, processes, card)
+        preset, request.settings, n_pairs, n_pictures, tuple(groups), processes, card)
     splits = 2 if preset.judge else 1 # Toybox has captions in new words too
-    n_made = (n_systems + 1) * splits * request.samples
-    made = sample_rows(preset, n_made, n_made, processes, find_rates(preset, card))
+    made = sum(groups) + 1
+    n_pictures = made * splits * request.samples
+    n_sounds = n_pictures + made * (AUDIOCAPS_CLIPS if request.sounds else 0)
+    made = sample_rows(preset, n_pictures, n_sounds, processes, find_rates(preset, card))
     return replace(cost, rows=(*cost.rows, *made))
 
 def print_costs(
@@ -172,14 +183,17 @@ def check_machine(
     from egmi.evaluation.trainings import check_pairs
     from egmi.frozen.weights import FROZEN
     parts = FROZEN
-    if request.samples:
+    data = {}
+    if request.samples or request.sounds:
         parts = (*FROZEN, 'clip', 'clap', 'judge')
+    if request.sounds:
+        data = dict(sounds=(request.sounds, 'AudioCaps'))
     batch_size = request.settings['batch_size']
     if batch_size < processes.count:
         raise ValueError(f'a batch of {batch_size} pairs is too small for {processes.count} processes: '
                          'start fewer, or raise --batch-size')
     pairs = partial(check_pairs, request.preset, request.data, request.samples)
-    check_run(request.preset, processes.device, parts, {}, 0, more=[pairs])
+    check_run(request.preset, processes.device, parts, data, 0, more=[pairs])
     check_writable(request.out, '--out DIR')
 
 def check_disk(
@@ -235,10 +249,12 @@ def make_samples(
     for split, examples in held_out.items():
         captions = [e.caption for e in examples]
         conditions[split] = predict(request, run, trained, captions, panda, generators, processes)
-    panda.to('cpu') # has no more to do, and leaves its place to the generators
+    panda.to('meta') # has no more to do: its memory is for the generators
     for split, predicted in conditions.items():
         place = captions_folder(folder, held_out[split])
         for name, wanted in predicted.items():
+            if split == 'audiocaps': # of which Table 3 has sounds alone
+                wanted = replace(wanted, image=None)
             print(f'generating: {name}, {split}')
             sample(run, place/f'{name}-{split}', wanted, generators, processes)
 
@@ -293,6 +309,7 @@ def run_request(
     processes
 ):
     "Train and make samples, as far as it is not done yet"
+    from egmi.data.corpora import audiocaps_clips
     from egmi.evaluation.costs import nearest_card
     from egmi.evaluation.experiment import Experiment
     from egmi.evaluation.trainings import begin_training, find_training, read_pairs
@@ -303,6 +320,8 @@ def run_request(
     parts = read_pairs(
         request.preset, request.data, request.settings['n_train'], request.samples, request.samples)
     pairs = parts.pop('train')
+    if request.sounds:
+        parts['audiocaps'] = audiocaps_clips(request.sounds, None, max_bad=.01)
     cost = estimate_cost(request, *count_read(pairs), processes.count, nearest_card(run.device))
     print(cost)
     check_disk(request, cost)
@@ -313,7 +332,7 @@ def run_request(
         run.start(recipe, request.out)
     if finished:
         find_training(request.out, request.preset.name)
-    if not finished or request.samples:
+    if not finished or parts:
         work(request, run, recipe, pairs, parts, finished, processes)
     print(f'preset {run.title}: {", ".join(request.systems)} in {request.out}')
 
@@ -341,7 +360,7 @@ def work(
         JointTraining(
             run, request.out, panda, generators, pairs, plan, recipe, request.command,
             request.memory, processes).train()
-    if request.samples:
+    if held_out:
         make_samples(request, run, held_out, panda, generators, processes)
     print(run.stage_table().to_string())
 
@@ -369,7 +388,7 @@ def named(
 def train(
     preset:Annotated[str, named('frozen parts: mini or paper')]='mini',
     data:Annotated[str, named('COCO, or a folder of captioned pictures; empty is Toybox')]='',
-    systems:Annotated[str, named('names with commas between them, or all')]='EGMI mapper',
+    systems:Annotated[str, named('names with commas between them, or mappers, or all')]='EGMI mapper',
     seeds:Annotated[str, named('each system is trained once for each: 0,1,2')]='0',
     n_train:Annotated[int, named('pairs to train on')]=None,
     steps:Annotated[int, named('training steps')]=None,
@@ -377,6 +396,7 @@ def train(
     lr:Annotated[float, named('learning rate of the mappers')]=None,
     lr_tokens:Annotated[float, named('learning rate of the sixteen token rows')]=None,
     samples:Annotated[int, named('held-out captions to make pictures and sounds of')]=0,
+    sounds:Annotated[str, named('AudioCaps, to make sounds of its captions too')]='',
     sampling_steps:Annotated[int, named('denoising steps')]=None,
     weights:Annotated[str, named('pretrained; random or tiny for a rehearsal')]='pretrained',
     memory:Annotated[float, named('GiB for what is kept; 0 is two fifths of what is free')]=0.,
@@ -390,7 +410,7 @@ def train(
     settings = dict(n_train=n_train, steps=steps, batch_size=batch_size, lr=lr, lr_tokens=lr_tokens)
     try:
         request = make_request(
-            preset, weights, data, systems, seeds, settings, samples, sampling_steps, memory, out)
+            preset, weights, data, systems, seeds, settings, samples, sounds, sampling_steps, memory, out)
     except ValueError as e:
         refuse(e)
     start(request, device, log_with, dry_run)

@@ -9,6 +9,7 @@ __all__ = ['LAYOUTS', 'FEATURE_BYTES', 'OUTPUT_BYTES', 'run_checks', 'check_weig
 # %% ../../nbs/evaluation/06_checks.ipynb #71bd2a60
 from functools import partial
 from pathlib import Path
+import os
 
 import torch
 
@@ -142,7 +143,8 @@ def check_memory(
     device          # torch.device
 ):
     "OSError unless all parts fit into the machine, and the two largest into a GPU, where the others wait"
-    check_fits('this machine', free_memory(), sum(held))
+    n_processes = int(os.environ.get('LOCAL_WORLD_SIZE', 1)) # of a launcher, each with its own parts
+    check_fits('this machine', free_memory(), n_processes * sum(held))
     if device.type == 'cuda':
         check_fits(str(device), free_memory(device), sum(sorted(held)[-2:]))
 

@@ -34,6 +34,7 @@ class Rates:
     further_ms:tuple = (nan,) # and of each system more
     step_gib:tuple = (nan,)   # with one system and the LLM
     pair_gib:float = nan      # more for each prompt of a further system that runs at the same time
+    system_gib:float = nan    # more for a further system that takes turns: weights, gradients, AdamW
     picture_ms:float = nan    # of a denoising step, with guidance
     picture_gib:float = nan   # without the LLM
     sound_ms:float = nan      # the same of a sound
@@ -57,6 +58,7 @@ H100 = Rates(
     further_ms=(23.203, 66.433, 125.94),
     step_gib=(13.993, 19.392, 26.093),
     pair_gib=(30.048 - 19.392) / (2 * 64), # three systems against one
+    system_gib=16 * 64.8e6 / 2**30, # 16 bytes a parameter, of the largest mapper
     picture_ms=1515.4 / 16 / 10,
     picture_gib=10.413,
     sound_ms=809.91 / 16 / 10,
@@ -102,6 +104,7 @@ LAPTOP = Rates(
     further_ms=(1e3 * ((602.13 + 21.03) / 300 - 455.34 / 600) / 8,),
     step_gib=(0,),
     pair_gib=0,
+    system_gib=0,
     picture_ms=1e3 * (574.29 / 1920 - 339.5 / 1536) / 12,
     picture_gib=0,
     sound_ms=1e3 * 339.5 / 1536 / 12,
@@ -282,7 +285,7 @@ def step_gib(
     alone = at_batch(batch, rates.batches, rates.step_gib)
     together = min(systems, max(1, TAIL_ROWS // batch))
     while True:
-        needed = alone + (together - 1) * batch * rates.pair_gib
+        needed = alone + (together - 1) * batch * rates.pair_gib + (systems - together) * rates.system_gib
         if together == 1 or not needed > rates.card_gib:
             return needed
         together //= 2
@@ -357,15 +360,17 @@ def training_rows(
 # %% ../../nbs/evaluation/14_costs.ipynb #7be2f670
 def room_notes(
     rates:Rates,
-    batch:int # pairs of a process
+    batch:int,  # pairs of a process
+    systems:int # that are trained side by side
 )->list:
     "A line if a training step does not fit into the memory of the card"
-    needed = step_gib(rates, batch, 1)
+    needed = step_gib(rates, batch, systems)
     if not needed > rates.card_gib:
         return []
-    fitting = max(b for b in rates.batches if step_gib(rates, b, 1) < rates.card_gib)
-    return [f'{batch} pairs at once take {needed:.1f} GiB of GPU memory, more than there are: '
-            f'take batch_size {fitting}']
+    fitting = [b for b in rates.batches if step_gib(rates, b, systems) < rates.card_gib]
+    way = f'take batch_size {max(fitting)}' if fitting else 'train fewer systems at once'
+    return [f'{batch} pairs at once and {systems} systems take {needed:.1f} GiB of GPU memory, '
+            f'more than there are: {way}']
 
 def make_cost(
     work:str,
@@ -373,14 +378,15 @@ def make_cost(
     card:str,
     processes:int,
     rows:list,
-    recipe:dict=None # of the training, if there is one
+    recipe:dict=None, # of the training, if there is one
+    systems:int=1     # that are trained side by side
 )->Cost:
     "A cost, with what has to be said of it"
     rates = find_rates(preset, card)
     title = f'{work}, preset {preset.name}, {card}'
     notes = [f'rates: {rates.source}']
     if recipe:
-        notes += room_notes(rates, ceil(recipe['batch_size'] / processes))
+        notes += room_notes(rates, ceil(recipe['batch_size'] / processes), systems)
     if processes > 1:
         title += f', {processes} processes'
         notes.append('what processes send each other is not counted, for nobody has measured it')
@@ -401,7 +407,7 @@ def estimate_training(
     groups = (systems,) if isinstance(systems, int) else systems
     rows = weight_rows(preset, processes, rates)
     rows += training_rows(preset, recipe, n_pairs, n_pictures, groups, processes, rates)
-    return make_cost('training', preset, card, processes, rows, recipe)
+    return make_cost('training', preset, card, processes, rows, recipe, max(groups))
 
 # %% ../../nbs/evaluation/14_costs.ipynb #4da605a9
 def sample_rows(
@@ -455,7 +461,7 @@ def estimate_ablation(
     all_sounds = made * (n_captions + n_sounds)
     rows += sample_rows(preset, made * n_captions, all_sounds, processes, rates)
     rows.append(rest_row('ablation', all_sounds, rates))
-    return make_cost('Table 3', preset, card, processes, rows, recipe)
+    return make_cost('Table 3', preset, card, processes, rows, recipe, systems)
 
 # %% ../../nbs/evaluation/14_costs.ipynb #b5b7d1d3
 def estimate_text_to_audio(

@@ -109,7 +109,7 @@ def fit_config(
     "The same for the training loop: token rows have a learning rate of their own"
     return FitConfig(
         steps=recipe['steps'], batch_size=recipe['batch_size'], lr=recipe['lr'],
-        warmup_steps=recipe['warmup_steps'], save_every=100,
+        warmup_steps=recipe['warmup_steps'], save_every=max(100, recipe['steps'] // 10),
         lr_factors={'tokens.': recipe['lr_tokens'] / recipe['lr']})
 
 # %% ../../nbs/evaluation/13_trainings.ipynb #217d22a8
@@ -145,10 +145,12 @@ def begin_training(
             raise ValueError(f'{folder} holds a training with another recipe: {differ}; '
                              'give what was given before, or choose another folder')
     elif processes.is_main:
-        (folder/'checkpoints').mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder/'pairs.txt') as beside:
             beside.write_text('\n'.join(map(pair_hash, pairs)))
         write_json(path, recipe | dict(command=command))
+    if processes.is_main:
+        (folder/'checkpoints').mkdir(parents=True, exist_ok=True)
     processes.wait()
 
 # %% ../../nbs/evaluation/13_trainings.ipynb #ee588ea1
@@ -437,8 +439,12 @@ def samples_folder(
     folder          # of trained systems
 )->Path:
     "Where the samples that trained systems make are kept"
-    files = sorted(Path(folder).glob('*/model.safetensors'))
-    systems = {file.parent.name: file_hash(file) for file in files}
+    recipe = read_recipe(Path(folder))
+    systems = {}
+    for seed in recipe['seeds']:
+        for system in recipe['systems']:
+            name = full_name(system, seed)
+            systems[name] = file_hash(Path(folder)/name/'model.safetensors')
     inputs = dict(systems=systems, steps=[run.preset.steps_image, run.preset.steps_audio])
     return run.keep('generation', inputs, 'egmi.evaluation.samples', root=Path(folder)/'samples')
 
