@@ -89,6 +89,7 @@ def check_settings(
     if min(rates.values()) <= 0 or memory < 0 or samples < 0:
         raise ValueError('--lr and --lr-tokens must be positive, and --memory and --samples not negative')
 
+# %% ../../nbs/commands/01_train.ipynb #349f2739
 def make_request(
     preset:str,
     weights:str,
@@ -257,6 +258,7 @@ def make_samples(
             print(f'generating: {name}, {split}')
             sample(run, place/f'{name}-{split}', wanted, generators, processes)
 
+# %% ../../nbs/commands/01_train.ipynb #61506847
 def predict(
     request:Request,
     run,           # Experiment
@@ -279,6 +281,7 @@ def predict(
     conditions[CEILING] = text_targets(*generators, captions).to('cpu')
     return conditions
 
+# %% ../../nbs/commands/01_train.ipynb #261dbc1f
 def sample(
     run,        # Experiment
     path:Path,  # start of the names of the files
@@ -335,6 +338,7 @@ def run_request(
         work(request, run, recipe, pairs, parts, finished, processes)
     print(f'preset {run.title}: {", ".join(request.systems)} in {request.out}')
 
+# %% ../../nbs/commands/01_train.ipynb #526c623b
 def work(
     request:Request,
     run,           # Experiment
@@ -413,6 +417,7 @@ def train(
         refuse(e)
     start(request, device, log_with, dry_run)
 
+# %% ../../nbs/commands/01_train.ipynb #9c0c1fa7
 def start(
     request:Request,
     device:str,

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['check_pairs', 'read_pairs', 'training_recipe', 'fit_config', 'changes', 'pair_hash', 'begin_training', 'read_recipe',
            'Trained', 'full_name', 'JointTraining', 'has_pictures', 'is_saved', 'find_training', 'check_system',
-           'load_training', 'training_values', 'check_held_out', 'samples_folder', 'captions_folder', 'sample_name']
+           'read_record', 'load_training', 'training_values', 'check_held_out', 'samples_folder', 'captions_folder',
+           'sample_name']
 
 # %% ../../nbs/evaluation/13_trainings.ipynb #bc0dcb33
 from contextlib import suppress
@@ -152,6 +153,7 @@ def begin_training(
         (folder/'checkpoints').mkdir(parents=True, exist_ok=True)
     processes.wait()
 
+# %% ../../nbs/evaluation/13_trainings.ipynb #ee588ea1
 def read_recipe(
     folder:Path
 )->dict:        # with the command that trains by it
@@ -182,6 +184,7 @@ def full_name(
     "Of a system that was trained from one seed: of its folder, checkpoint and losses"
     return f'{system}, seed {seed}'
 
+# %% ../../nbs/evaluation/13_trainings.ipynb #a36d9c7a
 class JointTraining:
     "The training of several systems on one corpus"
     def __init__(
@@ -316,6 +319,7 @@ def save(
     record |= dict(command=self.command, processes=processes, weights=asdict(trained.weights))
     write_json(self.folder/'run.json', record)
 
+# %% ../../nbs/evaluation/13_trainings.ipynb #ad6bfeca
 @patch
 def train(self:JointTraining)->Trained:
     "Train what is not trained yet, from checkpoints where there are any, and write the folder"
@@ -349,6 +353,7 @@ def find_training(
     for system in recipe['systems']:
         for seed in recipe['seeds']:
             check_system(folder/full_name(system, seed), recipe)
+    read_record(folder, recipe)
     return recipe
 
 def check_system(
@@ -366,6 +371,19 @@ def check_system(
                          'writes it anew from its checkpoint') from e
 
 # %% ../../nbs/evaluation/13_trainings.ipynb #1bc1fc9e
+def read_record(
+    folder:Path,
+    recipe:dict
+)->tuple:        # DataFrame with a row for each step, LossWeights
+    "The losses of a training, and how the mappers' was weighted"
+    try:
+        table = pd.read_csv(folder/'losses.csv', float_precision='round_trip')
+        record = json.loads((folder/'run.json').read_text())
+        return table.drop(columns='step'), LossWeights(**record['weights'])
+    except (ValueError, KeyError, TypeError, OSError) as e:
+        raise ValueError(f'losses.csv or run.json of {folder} is damaged: delete both, and '
+                         f'`{recipe["command"]}` writes them anew') from e
+
 def load_training(
     folder,     # written by `JointTraining`
     panda,      # the frozen LLM that the systems belong to
@@ -378,13 +396,12 @@ def load_training(
     for seed in recipe['seeds']:
         for system in systems or recipe['systems']:
             conditioners[system, seed] = load_conditioner(folder/full_name(system, seed), panda)
-    table = pd.read_csv(folder/'losses.csv', float_precision='round_trip').drop(columns='step')
+    table, weights = read_record(folder, recipe)
     losses = {}
     for system, seed in conditioners:
         name = full_name(system, seed)
         losses[name] = table[name].tolist()
-    record = json.loads((folder/'run.json').read_text())
-    return Trained(recipe, conditioners, losses, LossWeights(**record['weights']))
+    return Trained(recipe, conditioners, losses, weights)
 
 # %% ../../nbs/evaluation/13_trainings.ipynb #5e36f71f
 def training_values(
@@ -405,8 +422,12 @@ def check_held_out(
     examples:list  # that they are to be tested on
 ):
     "ValueError if one of the examples was trained on"
-    folder = Path(folder)
-    trained_on = set((folder/'pairs.txt').read_text().split('\n'))
+    path = Path(folder)/'pairs.txt'
+    hashes = path.read_text().split('\n') if path.exists() else []
+    if len(hashes) != read_recipe(Path(folder))['n_train']:
+        raise ValueError(f'{path} is damaged or missing: delete recipe.json beside it, and start the same '
+                         'training again')
+    trained_on = set(hashes)
     for e in examples:
         if pair_hash(e) in trained_on:
             raise ValueError(f'{e.id} is held out here, but the systems in {folder} were trained on it: '
