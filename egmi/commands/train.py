@@ -320,6 +320,8 @@ def run_request(
     parts = read_pairs(
         request.preset, request.data, request.settings['n_train'], request.samples, request.samples)
     pairs = parts.pop('train')
+    if not request.samples:
+        parts.clear()
     if request.sounds:
         parts['audiocaps'] = audiocaps_clips(request.sounds, None, max_bad=.01)
     cost = estimate_cost(request, *count_read(pairs), processes.count, nearest_card(run.device))
