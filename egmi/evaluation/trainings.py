@@ -377,7 +377,7 @@ def read_record(
 )->tuple:        # DataFrame with a row for each step, LossWeights
     "The losses of a training, and how the mappers' was weighted"
     try:
-        table = pd.read_csv(folder/'losses.csv', float_precision='round_trip')
+        table = pd.read_csv(folder/'losses.csv')
         record = json.loads((folder/'run.json').read_text())
         return table.drop(columns='step'), LossWeights(**record['weights'])
     except (ValueError, KeyError, TypeError, OSError) as e:
