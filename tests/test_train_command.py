@@ -110,6 +110,17 @@ def test_two_processes_make_the_samples_of_one(alone, together):
 
 
 @pytest.mark.slow
+def test_sounds_of_audiocaps_are_made_beside_them(start, alone, cache, tmp_path):
+    folder = shutil.copytree(alone, tmp_path/'trained', ignore=shutil.ignore_patterns('samples'))
+    sounds = next(cache.glob('rehearsal/*/data-*/audiocaps'))
+    finish(start(folder, *RECIPE, '--sampling-steps', '2', '--sounds', sounds))
+    made = samples_of(folder)
+    systems = {name.rpartition('-audiocaps-')[0] for name in made if name.endswith('-audio.npy')}
+    assert systems == {f'{system}-0' for system in SYSTEMS} | {'text encoder (upper bound)'}
+    assert len(made) == len(systems)  # no pictures
+
+
+@pytest.mark.slow
 def test_a_killed_training_goes_on_with_two_processes(start, alone, tmp_path):
     folder = tmp_path/'trained'
     process = start(folder, *RECIPE)
