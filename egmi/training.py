@@ -349,6 +349,7 @@ def step_of(
             conditioners, self.panda, self.prefixes, self.weights, self.error, self.together, weight)
     return self.steps[trainings]
 
+# %% ../nbs/paper/04_training.ipynb #e7df88b4
 @patch
 def shrink(
     self:Lockstep,

@@ -128,6 +128,7 @@ def give_up(
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
+# %% ../../nbs/base/12_graphs.ipynb #334f47ef
 @patch
 def try_plain(
     self:CapturedStep,

@@ -255,6 +255,7 @@ def keep(
     place = f'{self.name}/{stage}' if root is None else Path(root).absolute()
     return self.resume(stage, work_folder(place, inputs, *modules))
 
+# %% ../../nbs/evaluation/07_experiment.ipynb #de73932d
 @contextmanager
 def watch_memory(
     memory:dict, # stage -> GiB, changed in place
