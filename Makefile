@@ -71,7 +71,7 @@ gpu-rehearse: has-gpu install  ## the three tables at the paper's size with rand
 	$(BIN)/python tools/rehearse.py --tables "$(TABLES)" --limit $(LIMIT) --out $(OUT) $(ARGS)
 
 has-gpu:
-	@nvidia-smi -L > /dev/null 2>&1 || { echo '$(MAKECMDGOALS) needs an NVIDIA GPU, and nvidia-smi finds none here' >&2; exit 1; }
+	@nvidia-smi -L > /dev/null 2>&1 || { echo 'make $(MAKECMDGOALS) needs an NVIDIA GPU, and nvidia-smi finds none here' >&2; exit 1; }
 
 quick: check  ## two minutes: check, the notebooks that differ from BASE (main), the tests that are not marked slow
 	@git rev-parse -q --verify $(BASE) > /dev/null || { echo 'there is no branch $(BASE) to compare with: make quick BASE=origin/main' >&2; exit 1; }
