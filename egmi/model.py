@@ -201,17 +201,24 @@ def check_recipe(
             require_number(**{name: scale})
 
 def check_generator(
-    generator # source of random numbers
+    generator # source of random numbers, or a list of them
 ):
     "TypeError unless it is torch's, or None"
-    if generator is not None and not isinstance(generator, torch.Generator):
+    if isinstance(generator, list):
+        for one in generator:
+            check_generator(one)
+    elif generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f'generator must be a torch.Generator or None, not {describe(generator)}')
 
 def draw_seeds(
     n:int,         # samples
-    generator      # torch.Generator on any device, or None for the global one
+    generator      # torch.Generator on any device, None for the global one, or one for each sample
 )->torch.Tensor:   # seeds_N
     "A seed for each sample"
+    if isinstance(generator, list):
+        if len(generator) != n:
+            raise ValueError(f'{len(generator)} generators for {n} samples: give one, or one for each')
+        return torch.cat([draw_seeds(1, one) for one in generator])
     device = None if generator is None else generator.device
     return torch.randint(2**31, (n,), generator=generator, device=device)
 
@@ -224,7 +231,7 @@ def generate(
     audio=None,                     # one waveform or many
     sample_rate=None,               # of `audio`, Hz
     outputs=('image', 'audio'),     # any of text, image, audio; one or many
-    generator:torch.Generator=None, # source of all randomness; None is the global one
+    generator:torch.Generator=None, # source of all randomness, or a list of one for each; None is the global one
     steps:int=None,                 # denoising steps; None takes each generator's own, as the next two do
     guidance_image:float=None,      # 1 or less turns guidance off, as in diffusers
     guidance_audio:float=None,      # likewise

@@ -99,7 +99,7 @@ def test_paper_preset_lists_all_that_it_lacks(notebook, scorers, data, needs_map
     for part in PARTS + scorers:
         line = lines.pop(0)
         assert line.startswith(f'weights: {part} ')
-        assert line.endswith('is missing: `egmi-weights paper` says how to get it')
+        assert line.endswith('is missing: `egmi weights paper` says how to get it')
     for wanted in data:
         line = lines.pop(0)
         assert line.startswith("data: preset 'paper' needs ")
@@ -110,7 +110,7 @@ def test_paper_preset_lists_all_that_it_lacks(notebook, scorers, data, needs_map
 
 
 def test_weights_command_refuses_an_unknown_preset():
-    with pytest.raises(SystemExit, match="^egmi-weights: unknown preset 'maxi': choose one of mini, paper$"):
+    with pytest.raises(SystemExit, match="^egmi: unknown preset 'maxi': choose one of mini, paper$"):
         main('maxi')
 
 

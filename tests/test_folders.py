@@ -117,12 +117,12 @@ def test_command_ends_in_one_line_and_writes_nothing(folders, tmp_path):
     with pytest.raises(SystemExit) as stop:
         main(*map(str, folders), out=str(tmp_path/'out'))
     assert stop.value.code == (
-        'egmi-evaluate: outputs are missing for 4 of 8 references: generate them, or take the references out '
+        'egmi: outputs are missing for 4 of 8 references: generate them, or take the references out '
         f'(first: {", ".join(IDS[:3])})')
     assert os.listdir(tmp_path/'out') == []
     with pytest.raises(SystemExit) as stop:
         main(*map(str, folders), preset='maxi')
-    assert stop.value.code == "egmi-evaluate: unknown preset 'maxi': choose one of mini, paper"
+    assert stop.value.code == "egmi: unknown preset 'maxi': choose one of mini, paper"
 
 
 # Bad input, each before any network is loaded
@@ -214,7 +214,7 @@ def test_folder_that_is_not_there(folders, tmp_path):
 def test_paper_preset_lists_only_the_weights_it_needs(folders):
     with pytest.raises(FileNotFoundError) as error:
         score_sounds('paper', *folders, device='cpu')
-    listed = ('Cnn14_16k_mAP=0.438.pth', 'vggish-10086976.pth', '`egmi-weights paper`')
+    listed = ('Cnn14_16k_mAP=0.438.pth', 'vggish-10086976.pth', '`egmi weights paper`')
     assert all(name in str(error.value) for name in listed)
     assert 'vicuna' not in str(error.value) and 'clap' not in str(error.value)
 

@@ -295,7 +295,7 @@ def test_merge_vicuna_hands_over_its_folders(monkeypatch):
 
 @pytest.mark.parametrize('options', [{}, dict(llama='a'), dict(llama='a', delta='b')], ids=len)
 def test_merge_vicuna_names_what_it_needs(options):
-    message = '^egmi-weights: merge-vicuna needs --llama DIR, --delta DIR and --out DIR$'
+    message = '^egmi: merge-vicuna needs --llama DIR, --delta DIR and --out DIR$'
     with pytest.raises(SystemExit, match=message):
         main('merge-vicuna', **options)
 

@@ -1,4 +1,4 @@
-"""`egmi-train` alone and under `accelerate launch`, and the tables that take its folder."""
+"""`egmi train` alone and under `accelerate launch`, and the tables that take its folder."""
 import json
 import shutil
 import subprocess
@@ -32,7 +32,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def start(tmp_path_factory, cache):
-    "Starts egmi-train in one process or two."
+    "Starts egmi train in one process or two."
     script = tmp_path_factory.mktemp('script')/'train.py'
     script.write_text(IN_FLOAT32)
 
@@ -119,7 +119,7 @@ def test_a_killed_training_goes_on_with_two_processes(start, alone, tmp_path):
     process.kill()
     process.communicate()
     assert not list(folder.glob('*, seed 0')) and not (folder/'run.json').exists()
-    with pytest.raises(ValueError, match='is unfinished: `egmi-train --preset paper .*` goes on with it'):
+    with pytest.raises(ValueError, match='is unfinished: `egmi train --preset paper .*` goes on with it'):
         check_cells(ROOT/'nbs/ablation.ipynb', preset='paper', weights='tiny', trained=str(folder))
     finish(start(folder, *RECIPE, processes=2))
     assert_same_losses(folder, alone)
@@ -215,11 +215,11 @@ def test_a_damaged_or_missing_system_is_one_line(alone, tmp_path):
 
 @pytest.fixture
 def call(monkeypatch, capsys, tmp_path):
-    "Exit status of egmi-train, its output and its own lines on stderr."
+    "Exit status of egmi train, its output and its own lines on stderr."
     from egmi.commands.train import main
 
     def run(*options):
-        monkeypatch.setattr(sys, 'argv', ['egmi-train', '--out', str(tmp_path/'out'), *map(str, options)])
+        monkeypatch.setattr(sys, 'argv', ['egmi train', '--out', str(tmp_path/'out'), *map(str, options)])
         status = 0
         try:
             main()
@@ -274,7 +274,7 @@ def test_pairs_that_are_not_those_of_the_folder_are_one_line(call, tmp_path):
     mini = get_preset('mini')
     pairs = read_pairs(mini, '', 4)['train']
     recipe = training_recipe(mini, '', pairs, ['EGMI mapper'], [0], mini.training)
-    begin_training(tmp_path/'out', pairs, recipe, 'egmi-train')
+    begin_training(tmp_path/'out', pairs, recipe, 'egmi train')
     own = tmp_path/'own'
     own.mkdir()
     for i, scene in enumerate(pairs):
@@ -289,7 +289,7 @@ def test_weights_that_lack_are_one_line(call, tmp_path, monkeypatch):
     monkeypatch.setenv('EGMI_WEIGHTS', str(tmp_path))
     monkeypatch.setenv('HF_HUB_CACHE', str(tmp_path))
     status, _, (line,) = call('--preset', 'paper', '--data', tmp_path)
-    assert status == 1 and '`egmi-weights paper` says how to get it' in line
+    assert status == 1 and '`egmi weights paper` says how to get it' in line
 
 
 def test_a_gpu_that_is_not_there_is_one_line(call):

@@ -139,7 +139,7 @@ def load_tokenizer(
         raise FileNotFoundError(f'{source} has no tokenizer (tokenizer.json or tokenizer.model)') from e
 
 # %% ../../nbs/frozen/02_llm.ipynb #aeeaa526
-MERGE_COMMAND = 'egmi-weights merge-vicuna --llama DIR --delta DIR --out DIR'
+MERGE_COMMAND = 'egmi weights merge-vicuna --llama DIR --delta DIR --out DIR'
 
 def is_difference(
     gains_D:Tensor # of an LLM's last norm
