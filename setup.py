@@ -8,7 +8,7 @@ parser = ConfigParser(delimiters=['='], interpolation=None)
 parser.read('settings.ini', encoding='utf-8')
 cfg = parser['DEFAULT']
 readme = Path('README.md')
-EXPERIMENTS = ['ablation.ipynb', 'text_to_audio.ipynb', 'audio_editing.ipynb']  # `egmi ablation` runs them anywhere
+EXPERIMENTS = ['ablation.ipynb', 'text_to_audio.ipynb', 'audio_editing.ipynb']  # run by `egmi ablation`...
 
 setup(
     name=cfg['lib_name'],

@@ -231,7 +231,7 @@ def generate(
     audio=None,                     # one waveform or many
     sample_rate=None,               # of `audio`, Hz
     outputs=('image', 'audio'),     # any of text, image, audio; one or many
-    generator:torch.Generator=None, # source of all randomness, or a list of one for each; None is the global one
+    generator:torch.Generator=None, # source of all randomness, or a list of one each; None is the global one
     steps:int=None,                 # denoising steps; None takes each generator's own, as the next two do
     guidance_image:float=None,      # 1 or less turns guidance off, as in diffusers
     guidance_audio:float=None,      # likewise

@@ -19,7 +19,7 @@ RECIPE = ['--preset', 'paper', '--weights', 'tiny', '--systems', 'all', '--steps
 SAMPLES = ['--samples', '4', '--sampling-steps', '2']
 IN_FLOAT32 = """from egmi.base import config
 config.multiplies_bfloat16 = lambda: False
-from egmi.commands.train import main
+from egmi.commands.command import main
 main()
 """  # in bfloat16 the shares of a batch are rounded otherwise than the whole
 LAUNCHER = ['-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--main_process_port']
@@ -38,7 +38,7 @@ def start(tmp_path_factory, cache):
 
     def begin(out, *options, processes=1):
         launcher = [*LAUNCHER, str(get_free_port())] if processes > 1 else []
-        command = [sys.executable, *launcher, script, *options, '--out', out]
+        command = [sys.executable, *launcher, script, 'train', *options, '--out', out]
         return subprocess.Popen(
             command, cwd=cache, env=environment(cache, OMP_NUM_THREADS='1'),
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -214,19 +214,10 @@ def test_a_damaged_or_missing_system_is_one_line(alone, tmp_path):
 # Bad input and the dry run, in this process
 
 @pytest.fixture
-def call(monkeypatch, capsys, tmp_path):
+def call(command, tmp_path):
     "Exit status of egmi train, its output and its own lines on stderr."
-    from egmi.commands.train import main
-
     def run(*options):
-        monkeypatch.setattr(sys, 'argv', ['egmi train', '--out', str(tmp_path/'out'), *map(str, options)])
-        status = 0
-        try:
-            main()
-        except SystemExit as e:
-            status = e.code
-        printed = capsys.readouterr()
-        return status, printed.out, [line for line in printed.err.splitlines() if line.startswith('egmi')]
+        return command('train', '--out', tmp_path/'out', *options)
     return run
 
 

@@ -20,6 +20,7 @@ import sys
 
 from typer import Context
 
+import egmi
 from .options import named, one_line, refuse
 
 # %% ../../nbs/commands/06_experiments.ipynb #b4c7e86c
@@ -32,7 +33,7 @@ def find_notebook(
     experiment:str
 )->Path:
     "The notebook in the package, or that of the clone"
-    package = Path(__file__).parents[1]
+    package = Path(egmi.__file__).parent
     packaged = package/f'notebooks/{experiment}.ipynb'
     return packaged if packaged.exists() else package.parent/f'nbs/{experiment}.ipynb'
 
@@ -120,9 +121,11 @@ def run_notebook(
     from papermill import PapermillExecutionError, execute_notebook
     with TemporaryDirectory() as folder:
         executed = Path(folder)/notebook.name
-        options = dict(progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr)
+        quiet = dict(progress_bar=False, extra_arguments=['--log-level=ERROR']) # of the kernel
+        printed = dict(stdout_file=sys.stdout, stderr_file=sys.stderr)
         try:
-            execute_notebook(notebook, executed, parameters | dict(out_dir=str(out)), **options)
+            execute_notebook(
+                notebook, executed, parameters | dict(out_dir=str(out)), **quiet, **printed)
         except PapermillExecutionError as e:
             report_failure(e, executed, out)
         shutil.copyfile(executed, out/notebook.name)

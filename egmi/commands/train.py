@@ -388,7 +388,8 @@ def train(
 ):
     """Train mappers on pictures and captions.
 
-    Alone or under `accelerate launch -m egmi train`. What is not given is as the preset's recipe has it. The same command goes on after a kill."""
+    Alone or under `accelerate launch -m egmi train`. What is not given is as the preset's recipe has it.
+    The same command goes on after a kill."""
     settings = dict(n_train=n_train, steps=steps, batch_size=batch_size, lr=lr, lr_tokens=lr_tokens)
     try:
         request = make_request(
