@@ -240,7 +240,7 @@ def test_a_failure_is_one_line_with_its_traceback_in_a_file(loaded, command, tmp
 
 @pytest.mark.parametrize('words, message', [
     (['ablation', '-p', 'stepz', '3'], "unknown parameter 'stepz': did you mean 'steps'?"),
-    (['ablation', '-p', 'steps'], '-p takes a name and a value: -p NAME VALUE'),
+    (['ablation', '-p', 'steps'], "-p lacks a value: -p NAME VALUE, or -y 'NAME: VALUE'"),
     (['ablation', '--steps', '3'], 'no such option or argument: --steps: parameters are set by -p'),
     (['draw'], "No such command 'draw'"),
     (['evaluate', 'a'], "Missing argument 'generated'"),
