@@ -118,9 +118,9 @@ def describe(
     return ' '.join(reprlib.repr(given).split())
 
 def as_picture(
-    given,               # path, address, bytes, row of a dataset, PIL picture, array [H, W, C], tensor [C, H, W]
-    name:str='picture'   # for errors
-)->Image.Image:          # RGB
+    given,             # path, address, bytes, row of a dataset, PIL picture, array or tensor
+    name:str='picture' # for errors
+)->Image.Image:        # RGB
     "A picture in any form"
     file = as_file(given, name)
     if file is not None:
@@ -267,7 +267,7 @@ def check_counts(
         raise ValueError('give text, images or audio: nothing was given')
     empty = [name for name, n in counts.items() if n == 0]
     if empty:
-        raise ValueError(f'there is nothing to generate: {", ".join(empty)} is empty')
+        raise ValueError(f'{", ".join(empty)} is empty: give at least one')
     if len(set(counts.values()) - {1}) > 1:
         raise ValueError(f'give equally many of text, images and audio, or one for all, not {counts}')
 
