@@ -431,12 +431,13 @@ def trained_folder(
     if not isinstance(source, (str, os.PathLike)):
         raise TypeError(f'source must be mini or the folder of a trained mapper, not {describe(source)}')
     folder = Path(source).expanduser()
+    if source == 'paper' and not (folder/'config.json').exists():
+        raise FileNotFoundError('paper comes without a trained mapper, as none was published: '
+                                f'{TRAIN}, give its folder')
     if folder.is_dir():
         return folder
     if folder.exists():
         raise NotADirectoryError(f'{source} is a file: give the folder of a trained mapper that holds it')
-    if source == 'paper':
-        raise FileNotFoundError(f'no mapper of preset paper was ever published: {TRAIN}, give its folder')
     advice = f'give mini or the folder of a trained mapper ({TRAIN})'
     if not folder.is_absolute() and str(source).count('/') == 1:
         advice += f'; if it is on the hub, `hf download {source} --local-dir DIR` makes the folder'
