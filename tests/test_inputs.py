@@ -68,7 +68,7 @@ RATE = 'sample_rate must be a whole number from 1,000 to 10,000,000 Hz, not'
     (dict(audio=(0, WAVE_T)), ValueError, f'audio: {RATE} 0'),
     (dict(audio=dict(array=WAVE_T)), ValueError, 'audio needs its sample_rate in Hz'),
     (dict(audio=STEREO_2T, sample_rate=16_000), ValueError, 'give list(audio) or [audio]'),
-    (dict(audio=WAVE_T[:100], sample_rate=16_000), ValueError, 'audio lasts 6.25 ms: at least 25 ms are needed'),
+    (dict(audio=WAVE_T[:100], sample_rate=16_000), ValueError, "audio lasts 6.25 ms: at least 25 ms are needed"),
     (dict(audio=WAVE_T * 30_000, sample_rate=16_000), ValueError, 'audio has a peak of 30,000, far outside [-1, 1]'),
     (dict(text='a dog', outputs='video'), ValueError, "unknown outputs ['video']: choose from text, image, audio"),
     (dict(text='a dog', outputs=[]), ValueError, 'no outputs are wanted: choose from text, image, audio'),
