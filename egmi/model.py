@@ -362,6 +362,8 @@ def save_pretrained(
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f'{folder} is a file: give the name of a folder')
+    if (folder/'config.json').exists():
+        read_config(folder) # a ValueError if another model lies there
     record = read_run(run)
     names = {kind: name for name, kind in (MAPPERS | BASELINES).items()}
     system = names[type(self.conditioner.mapper)]
