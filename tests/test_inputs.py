@@ -105,27 +105,23 @@ def test_edit_refuses(given, error, message, model):
     refuse(error, message, model.edit, 'louder', **given)
 
 
-def no_hub(*args, **kwargs):
-    raise OSError('no network')
-
-
 @pytest.mark.parametrize('source, error, message', [
     ('small', FileNotFoundError, 'there is no folder small: give mini or the folder of a trained mapper'),
     ('paper', FileNotFoundError, 'paper comes without a trained mapper, as none was published: `egmi-train'),
-    ('me/repo', FileNotFoundError, 'me/repo is no folder, and the hub does not give a model of this name ('),
+    ('me/repo', FileNotFoundError, 'me/repo is no folder, and the hub does not give a model of this name'),
     ('model.safetensors', NotADirectoryError, 'model.safetensors is a file: give the folder'),
     ('.', FileNotFoundError, 'holds no config.json: give mini or the folder of a trained mapper'),
     (None, TypeError, 'source must be mini or the folder of a trained mapper, not None'),
 ])
 def test_from_pretrained_refuses_a_source(source, error, message, tmp_path, monkeypatch):
     monkeypatch.setattr(egmi.model, 'load_panda', Untouched())
-    monkeypatch.setattr(egmi.model, 'snapshot_download', no_hub)
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
     monkeypatch.chdir(tmp_path)
     (tmp_path/'model.safetensors').touch()
     refuse(error, message, EGMI.from_pretrained, source)
 
 
-@pytest.mark.parametrize('device', ['cuda:99', 'gpu', 5, ['cpu']])
+@pytest.mark.parametrize('device', ['cuda:99', 'gpu', 'meta', 5, ['cpu']])
 def test_from_pretrained_refuses_a_device(device, monkeypatch):
     monkeypatch.setattr(egmi.model, 'load_panda', Untouched())
     message = f'device {device!r} is not available here: use auto'
@@ -133,8 +129,8 @@ def test_from_pretrained_refuses_a_device(device, monkeypatch):
 
 
 @pytest.mark.parametrize('folder, error, message', [
-    ('sound.wav', NotADirectoryError, 'sound.wav is a file: give the name of a folder'),
-    ('sound.wav/egmi', NotADirectoryError, 'sound.wav is a file: give the name of a folder'),
+    ('sound.wav', FileExistsError, 'sound.wav is a file, give another name'),
+    ('sound.wav/egmi', FileExistsError, 'sound.wav is a file, give another name'),
     (5, TypeError, 'folder must be a path, not 5'),
 ])
 def test_save_pretrained_refuses_a_folder(folder, error, message, tmp_path, monkeypatch):
