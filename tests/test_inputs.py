@@ -35,7 +35,7 @@ def refuse(error, message, make, *args, **kwargs):
     line = str(raised.value)
     assert message in line
     assert '\n' not in line
-    assert len(line) < 300
+    assert len(line) < 400
 
 
 PICTURES = 'must be a picture (a path, a URL, bytes, a PIL picture, an array or a tensor), not'
