@@ -510,8 +510,9 @@ def download_trained(
     try:
         return Path(snapshot_download(id, cache_dir=hub_dir(), allow_patterns=files))
     except (OSError, ValueError) as e:
+        reason = first_line(e).partition('. ')[0]
         raise FileNotFoundError(
-            f'{id} is no folder, and the hub does not give a model of this name ({first_line(e)}): '
+            f'{id} is no folder, and the hub does not give a model of this name ({reason}): '
             'check the name, or log in with `hf auth login` if it is private') from e
 
 def find_trained(
@@ -662,7 +663,8 @@ def push_to_hub(
     try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     except Exception as e: # of the network, the name or the rights
-        raise PermissionError(f'{repo_id} cannot be written to ({first_line(e)}): give owner/name, '
+        reason = first_line(e).partition('. ')[0]
+        raise PermissionError(f'{repo_id} cannot be written to ({reason}): give owner/name, '
                               'and log in with `hf auth login` or give a token') from e
     with TemporaryDirectory() as tmp:
         self.save_pretrained(tmp, run, repo_id)
