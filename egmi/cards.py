@@ -28,6 +28,7 @@ def table_lines(
     lines = [header, ['---'] * len(header), *rows]
     return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
 
+# %% ../nbs/paper/06_cards.ipynb #6142a209
 def describe_training(
     preset:Preset,
     origin:dict|None # `conditioner` of training.json, or None
@@ -78,6 +79,7 @@ def with_interval(
         return f'{value:.3g}'
     return f'{value:.3g} ({low:.3g} to {high:.3g})'
 
+# %% ../nbs/paper/06_cards.ipynb #61c5a15f
 def describe_results(
     record:dict|None # from `read_run`
 )->str:
@@ -143,6 +145,7 @@ def describe_samples(
             lines.append(f'{Path(file).stem}: <audio controls src="{file}"></audio>')
     return '\n\n'.join(lines)
 
+# %% ../nbs/paper/06_cards.ipynb #9e8de2d5
 def model_card(
     name:str,               # folder, or `owner/name` on the hub
     preset:Preset,          # whose frozen parts it works with
