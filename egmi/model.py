@@ -5,31 +5,35 @@
 # %% auto #0
 __all__ = ['LONGEST', 'LEAST', 'TRAIN', 'EGMI', 'cut_text', 'cut_texts', 'at_rate', 'check_outputs', 'check_recipe',
            'check_callback', 'read_negative', 'as_seed', 'draw_seeds', 'repeat_each', 'draw_samples', 'folder_to_write',
-           'save_conditioner', 'read_config', 'trained_folder', 'find_trained', 'load_conditioner', 'load_panda',
-           'load_generators', 'mapper_config']
+           'save_conditioner', 'copy_samples', 'read_config', 'trained_folder', 'download_trained', 'find_trained',
+           'load_conditioner', 'load_panda', 'load_generators', 'mapper_config', 'read_origin']
 
 # %% ../nbs/paper/07_model.ipynb #0a864cf6
 import json
 import os
+import shutil
 import warnings
 from bisect import bisect_right
 from dataclasses import asdict
 from functools import partial
 from numbers import Integral
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 from fastcore.basics import patch
+from huggingface_hub import HfApi, snapshot_download
 from safetensors.torch import save_file
 
 from .base.audio import resample
 from .base.checks import require_number, require_positive
-from .base.config import component_path, get_preset, pick_device, pick_dtype
+from .base.config import component_path, get_preset, hub_dir, pick_device, pick_dtype
 from .base.files import replacing, write_json
 from .base.inputs import (
     SHORTEST, Inputs, as_text, describe, is_one_text, one_or_many, read_inputs)
-from .base.loading import load_strictly, read_tensors
+from .base.loading import first_line, load_strictly, read_tensors
+from .cards import model_card, read_run
 from .frozen.pandagpt import PandaGPT, QUESTION
 from .mapper import BASELINES, MAPPERS, Conditions, MapperConfig
 from .outputs import EGMIOutput
@@ -45,13 +49,42 @@ class EGMI:
         panda:PandaGPT,          # the frozen LLM
         conditioner:Conditioner, # the trained part
         stable_diffusion,        # `StableDiffusion`
-        audioldm                 # `AudioLDM`
+        audioldm,                # `AudioLDM`
+        origin:dict|None=None    # how the trained part was made, as `describe_training` takes it
     ):
         self.preset = preset
         self.panda = panda
         self.conditioner = conditioner
         self.stable_diffusion = stable_diffusion
         self.audioldm = audioldm
+        self.origin = origin
+
+# %% ../nbs/paper/07_model.ipynb #10620a2c
+@patch(as_prop=True)
+def parts(self:EGMI)->dict: # name -> networks
+    "All networks"
+    return {
+        'LLM': (self.panda.llm, self.panda.projection),
+        'ImageBind': (self.panda.encoder,),
+        'tokens and mapper': (self.conditioner,),
+        'Stable Diffusion': self.stable_diffusion.networks,
+        'AudioLDM': self.audioldm.networks}
+
+@patch(as_prop=True)
+def device(self:EGMI)->torch.device:
+    "Where it computes; parts that rest wait elsewhere"
+    return self.panda.llm.device
+
+@patch
+def __repr__(self:EGMI):
+    lines = [f'EGMI, preset {self.preset.name}, on {self.device}']
+    for name, networks in self.parts.items():
+        weights = [p for network in networks for p in network.parameters()]
+        count = sum(p.numel() for p in weights)
+        dtypes = ', '.join(sorted({str(p.dtype).removeprefix('torch.') for p in weights}))
+        places = ', '.join(sorted({str(p.device) for p in weights}))
+        lines.append(f'{name:18}{count:14,} parameters  {dtypes}  {places}')
+    return '\n'.join(lines)
 
 # %% ../nbs/paper/07_model.ipynb #8fceb013
 LONGEST = 1024 # tokens of a prompt: PandaGPT was trained with no more
@@ -264,7 +297,7 @@ def draw_samples(
         negative=negative, callback=callback, **options)
 
 @patch
-def draw(
+def sample_conditions(
     self:EGMI,
     conditions:Conditions, # B rows
     outputs:list,          # names
@@ -322,7 +355,7 @@ def generate(
         answers = repeat_each(answers, samples)
     for_image = dict(guidance_scale=guidance_image)
     for_audio = dict(guidance_scale=guidance_audio, seconds=seconds)
-    pictures, sounds = self.draw(
+    pictures, sounds = self.sample_conditions(
         self.predict(texts, features), outputs, for_image, for_audio,
         negatives=negatives, seeds=seeds, callback=callback, steps=steps, progress=progress)
     own_rate = self.audioldm.vocoder.config.sampling_rate
@@ -398,17 +431,43 @@ def save_conditioner(
     config = dict(preset=preset, system=system, mapper=asdict(conditioner.mapper.config))
     write_json(folder/'config.json', config)
 
+# %% ../nbs/paper/07_model.ipynb #ec820520
+def copy_samples(
+    run,        # folder of an experiment
+    folder:Path # made if there are any
+)->list:        # names of the copies, relative to the folder above
+    "Copy samples.png and the sounds of EGMI"
+    files = sorted(Path(run).glob('samples.png')) + sorted(Path(run).glob('*-EGMI*.wav'))
+    for file in files:
+        folder.mkdir(exist_ok=True)
+        shutil.copyfile(file, folder/file.name)
+    return [f'{folder.name}/{file.name}' for file in files]
+
 @patch
 def save_pretrained(
     self:EGMI,
-    folder # made if it is missing
+    folder,       # made if it is missing
+    run=None,     # folder of an experiment: its results and samples are put onto the card
+    name:str=None # on the card; None is the folder's
 ):
-    "Save the trained part; the frozen parts are found through the preset's name"
-    mapper_class = type(self.conditioner.mapper)
+    "Save the trained part with a card; the frozen parts are found through the preset's name"
+    record = read_run(run)
+    folder = folder_to_write(folder)
+    if (folder/'config.json').exists():
+        read_config(folder) # a ValueError if another model lies there
     names = {kind: name for name, kind in (MAPPERS | BASELINES).items()}
-    save_conditioner(self.conditioner, folder, names[mapper_class], self.preset.name)
+    system = names[type(self.conditioner.mapper)]
+    save_conditioner(self.conditioner, folder, system, self.preset.name)
+    if self.origin is not None:
+        write_json(folder/'training.json', dict(conditioner=self.origin))
+    samples = copy_samples(run, folder/'samples') if run else []
+    n_parameters = sum(p.numel() for p in self.conditioner.parameters())
+    card = model_card(
+        name or str(folder), self.preset, system, n_parameters, self.origin, record, samples)
+    with replacing(folder/'README.md') as beside:
+        beside.write_text(card, encoding='utf-8')
 
-# %% ../nbs/paper/07_model.ipynb #760d1f3a
+# %% ../nbs/paper/07_model.ipynb #51f4b35a
 def read_config(
     folder:Path # of a trained part
 )->tuple:       # name of the preset, name of the system, MapperConfig
@@ -420,12 +479,13 @@ def read_config(
         raise ValueError(f'{folder}/config.json is not that of a trained mapper: '
                          'give a folder written by save_pretrained') from e
 
+# %% ../nbs/paper/07_model.ipynb #d58ddfe6
 TRAIN = '`egmi train --preset paper --data COCO` trains one for preset paper'
 
 def trained_folder(
-    source # `mini`, or a folder written by `save_pretrained`
+    source # `mini`, a folder written by `save_pretrained`, or `owner/name` of the hub
 )->Path:
-    "Where a trained part should lie; an error that says what `source` is instead"
+    "Where a trained part lies, or an error that says what `source` is instead"
     if source == 'mini':
         return Path(component_path('egmi'))
     if not isinstance(source, (str, os.PathLike)):
@@ -438,13 +498,27 @@ def trained_folder(
         return folder
     if folder.exists():
         raise NotADirectoryError(f'{source} is a file: give the folder of a trained mapper that holds it')
-    advice = f'give mini or the folder of a trained mapper ({TRAIN})'
-    if not folder.is_absolute() and str(source).count('/') == 1:
-        advice += f'; if it is on the hub, `hf download {source} --local-dir DIR` makes the folder'
-    raise FileNotFoundError(f'there is no folder {source}: {advice}')
+    if folder.is_absolute() or str(source).count('/') != 1:
+        advice = f'give mini or the folder of a trained mapper ({TRAIN}), or owner/name of one on the hub'
+        raise FileNotFoundError(f'there is no folder {source}: {advice}')
+    return download_trained(str(source))
 
+def download_trained(
+    id:str # `owner/name`
+)->Path:   # in the hub's cache
+    "A trained part from the hub; it is loaded once"
+    files = ['config.json', 'model.safetensors', 'training.json']
+    try:
+        return Path(snapshot_download(id, cache_dir=hub_dir(), allow_patterns=files))
+    except (OSError, ValueError) as e:
+        reason = first_line(e).partition('. ')[0]
+        raise FileNotFoundError(
+            f'{id} is no folder, and the hub does not give a model of this name ({reason}): '
+            'check the name, or log in with `hf auth login` if it is private') from e
+
+# %% ../nbs/paper/07_model.ipynb #760d1f3a
 def find_trained(
-    source,                   # `mini`, or a folder written by `save_conditioner`
+    source,                   # `mini`, a folder written by `save_conditioner`, or `owner/name` of the hub
     systems=('EGMI mapper',), # names in `MAPPERS` or `BASELINES` that will do
     wanted:str=None           # name of the preset whose frozen parts it is to work with; None takes any
 )->tuple:                     # folder, name of the preset
@@ -488,9 +562,10 @@ def load_panda(
         preset.llm, preset.imagebind, preset.pandagpt, dtype, device, imagebind_dtype)
 
 def load_generators(
-    preset,       # `Preset`
-    device='cpu'  # torch device
-)->tuple:         # StableDiffusion, AudioLDM
+    preset,            # `Preset`
+    device='cpu',      # torch device
+    offload:bool=False # have them wait in host memory, but for the text encoders
+)->tuple:              # StableDiffusion, AudioLDM
     "The frozen generators of a preset, with its sampling recipe"
     from egmi.frozen.audioldm import AudioLDM
     from egmi.frozen.diffusion import StableDiffusion
@@ -499,10 +574,14 @@ def load_generators(
         component_path(preset.stable_diffusion), dtype, device)
     image_generator.steps = preset.steps_image
     image_generator.guidance_scale = preset.guidance_image
+    if offload:
+        image_generator.rest()
     audio_generator = AudioLDM.from_pretrained(component_path(preset.audioldm), dtype, device)
     audio_generator.steps = preset.steps_audio
     audio_generator.guidance_scale = preset.guidance_audio
     audio_generator.seconds = preset.seconds
+    if offload:
+        audio_generator.rest()
     return image_generator, audio_generator
 
 def mapper_config(
@@ -518,16 +597,78 @@ def mapper_config(
     return MapperConfig(d_llm=d_llm, n_queries=n_queries, d_clip=d_clip, d_clap=d_clap, **preset.mapper)
 
 # %% ../nbs/paper/07_model.ipynb #25b31338
+def read_origin(
+    folder:Path # of a trained part
+)->dict|None:
+    "How a trained part was made; None if its folder does not say"
+    path = folder/'training.json'
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text())['conditioner']
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f'{path} is not the record of a training: delete it, or get it again') from e
+
 @patch(cls_method=True)
 def from_pretrained(
     cls:EGMI,
-    source='mini',    # `mini`, or a folder written by `save_pretrained`
-    device:str='auto' # as `pick_device` takes it
+    source='mini',     # `mini`, a folder written by `save_pretrained`, or `owner/name` of the hub
+    device:str='auto', # as `pick_device` takes it
+    offload:bool=False # have ImageBind and the generators wait in host memory while others work
 )->EGMI:
     "Load a trained EGMI with the frozen parts of its preset"
     folder, name = find_trained(source, MAPPERS | BASELINES)
     preset = get_preset(name)
     device = pick_device(device)
     panda = load_panda(preset, device)
-    image_generator, audio_generator = load_generators(preset, device)
-    return cls(preset, panda, load_conditioner(folder, panda), image_generator, audio_generator)
+    if offload:
+        panda.rest()
+    generators = load_generators(preset, device, offload)
+    return cls(preset, panda, load_conditioner(folder, panda), *generators, read_origin(folder))
+
+# %% ../nbs/paper/07_model.ipynb #bb4c14c1
+@patch
+def to(
+    self:EGMI,
+    device # as `pick_device` takes it
+)->EGMI:   # itself
+    "Everything on another device, in the preset's precision there"
+    device = pick_device(device)
+    llm_dtype = pick_dtype(self.preset.llm_dtype, device)
+    self.panda.llm.to(device, llm_dtype)
+    self.panda.projection.to(device, llm_dtype)
+    self.panda.encoder.to(device, pick_dtype(self.preset.imagebind_dtype, device))
+    self.conditioner.to(device)
+    for generator in (self.stable_diffusion, self.audioldm):
+        generator.to(device, pick_dtype(self.preset.generator_dtype, device))
+    return self
+
+@patch
+def rest(self:EGMI):
+    "Have ImageBind and the generators wait in host memory until they are needed"
+    self.panda.rest()
+    self.stable_diffusion.rest()
+    self.audioldm.rest()
+
+# %% ../nbs/paper/07_model.ipynb #1845d41e
+@patch
+def push_to_hub(
+    self:EGMI,
+    repo_id:str,        # `owner/name`
+    run=None,           # as `save_pretrained` takes it
+    private:bool=False, # whether only its owner may see it
+    token:str=None      # of the hub; None is that of `hf auth login`
+)->str:                 # address of the commit
+    "Share the trained part on the Hugging Face hub"
+    read_run(run)
+    api = HfApi(token=token)
+    try:
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    except Exception as e: # of the network, the name or the rights
+        reason = first_line(e).partition('. ')[0]
+        raise PermissionError(f'{repo_id} cannot be written to ({reason}): give owner/name, '
+                              'and log in with `hf auth login` or give a token') from e
+    with TemporaryDirectory() as tmp:
+        self.save_pretrained(tmp, run, repo_id)
+        return api.upload_folder(
+            repo_id=repo_id, folder_path=tmp, commit_message=f'EGMI for preset {self.preset.name}')

@@ -179,6 +179,23 @@ def decoders(self:LatentDiffusion)->tuple:
     "The networks that latents go through at the end"
     return (self.vae,)
 
+@patch(as_prop=True)
+def networks(self:LatentDiffusion)->tuple:
+    "All networks, the text encoder first"
+    return (self.text_encoder, self.unet, *self.decoders)
+
+@patch
+def to(
+    self:LatentDiffusion,
+    device,     # torch device, or its name
+    dtype=None  # precision; None leaves it
+)->LatentDiffusion:
+    "All networks on another device"
+    for network in self.networks:
+        network.to(device, dtype)
+    self.fitted.clear()
+    return self
+
 @patch
 def rest(self:LatentDiffusion):
     "Have UNet and decoders wait in host memory, which leaves the text encoder on the device"
