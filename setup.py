@@ -8,6 +8,7 @@ parser = ConfigParser(delimiters=['='], interpolation=None)
 parser.read('settings.ini', encoding='utf-8')
 cfg = parser['DEFAULT']
 readme = Path('README.md')
+EXPERIMENTS = ['ablation.ipynb', 'text_to_audio.ipynb', 'audio_editing.ipynb']  # run by `egmi ablation`...
 
 setup(
     name=cfg['lib_name'],
@@ -20,8 +21,9 @@ setup(
     long_description_content_type='text/markdown',
     classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Science/Research', 'Natural Language :: English',
                  *(f'Programming Language :: Python :: 3.{minor}' for minor in (11, 12, 13))],
-    packages=find_packages(include=['egmi', 'egmi.*']),
-    package_data={'egmi': ['py.typed', 'weights/**/*']},
+    packages=[*find_packages(include=['egmi', 'egmi.*']), 'egmi.notebooks'],
+    package_dir={'egmi.notebooks': 'nbs'},
+    package_data={'egmi': ['py.typed', 'weights/**/*'], 'egmi.notebooks': EXPERIMENTS},
     python_requires='>=' + cfg['min_python'],
     install_requires=cfg['requirements'].split(),
     extras_require={'dev': cfg['dev_requirements'].split()},

@@ -14,7 +14,8 @@ PUBLIC = {  # module -> what it offers at the top of the package
     'mapper': ['Conditions', 'CrossMapper', 'EGMIMapper', 'GILLMapper', 'MapperConfig', 'NextGPTMapper',
                'SeparatedMapper'],
     'training': ['Conditioner'],
-    'model': ['EGMI', 'EGMIOutput'],
+    'outputs': ['EGMIOutput'],
+    'model': ['EGMI'],
     'data': ['load_audiocaps', 'load_coco', 'load_folder', 'load_huggingface'],
     'evaluation.folders': ['score_sounds', 'write_sounds'],
 }

@@ -12,11 +12,8 @@ from bisect import bisect_left
 from dataclasses import dataclass, replace
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
-from safetensors.torch import save_model
 from torch import Tensor, nn
 
-from .base.files import replacing
 from .base.graphs import send
 
 # %% ../nbs/paper/02_mapper.ipynb #9ce347fa
@@ -153,8 +150,8 @@ class AudioHead(nn.Module):
         return clap_BC / clap_BC.shape[1]**.5
 
 # %% ../nbs/paper/02_mapper.ipynb #6ca1e734
-class Mapper(nn.Module, PyTorchModelHubMixin):
-    "What the mappers have in common: the two heads, `save_pretrained` and `from_pretrained`"
+class Mapper(nn.Module):
+    "What the mappers have in common: the two heads"
     def __init__(
         self,
         config:MapperConfig # sizes
@@ -163,14 +160,6 @@ class Mapper(nn.Module, PyTorchModelHubMixin):
         self.config = config
         self.image_head = nn.Linear(config.d_model, config.d_clip)
         self.audio_head = AudioHead(config)
-
-    def _save_pretrained(self, save_directory):
-        with replacing(save_directory/'model.safetensors') as beside:
-            save_model(self, str(beside))
-
-    @classmethod
-    def _from_pretrained(cls, *, strict:bool=True, **kwargs):
-        return super()._from_pretrained(strict=strict, **kwargs)
 
 # %% ../nbs/paper/02_mapper.ipynb #1e6d1365
 class EGMIMapper(Mapper):

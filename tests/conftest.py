@@ -122,6 +122,23 @@ def check_columns(rows, baseline):
         assert rows.loc[given.index, f'{column}_diff_p'].between(0, 1, inclusive='right').all()
 
 
+@pytest.fixture
+def command(monkeypatch, capfd):
+    "Runs `egmi` in this process: exit status, what it prints, its own lines on stderr."
+    from egmi.commands.command import main
+
+    def run(*words):
+        monkeypatch.setattr(sys, 'argv', ['egmi', *map(str, words)])
+        status = 0
+        try:
+            main()
+        except SystemExit as e:
+            status = e.code
+        printed = capfd.readouterr()
+        return status, printed.out, [line for line in printed.err.splitlines() if line.startswith('egmi')]
+    return run
+
+
 @pytest.fixture(scope='session')
 def new_cache(tmp_path_factory):
     "Makes an empty cache that borrows only the converted LLM from the usual one."

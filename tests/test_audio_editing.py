@@ -112,7 +112,7 @@ def test_record_says_what_ran(finished):
     (dict(strength=1.2), ValueError, 'strength must lie between 0 and 1, not 1.2'),
     (dict(strengths=[.5, -1]), ValueError, 'strength must lie between 0 and 1, not -1'),
     (dict(preset='maxi'), ValueError, "unknown preset 'maxi'"),
-    (dict(mapper='nowhere'), FileNotFoundError, 'nowhere holds no config.json'),
+    (dict(mapper='nowhere'), FileNotFoundError, 'there is no folder nowhere: give mini or'),
     (dict(data='nowhere'), FileNotFoundError,
      'data folder nowhere lacks txt, wav48_silence_trimmed: it needs'),
 ], ids=lambda value: next(iter(value)) if isinstance(value, dict) else '')

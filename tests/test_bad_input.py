@@ -11,7 +11,6 @@ from conftest import NOTEBOOK, ROOT, check_cells, environment, last_line, paperm
 import egmi.base.config
 import egmi.frozen.llm
 from egmi.base.config import component_path, pick_device
-from egmi.frozen.weights import main
 from egmi.model import EGMI
 
 REMEDY = 'restore it with `git checkout` or reinstall egmi'
@@ -99,7 +98,7 @@ def test_paper_preset_lists_all_that_it_lacks(notebook, scorers, data, needs_map
     for part in PARTS + scorers:
         line = lines.pop(0)
         assert line.startswith(f'weights: {part} ')
-        assert line.endswith('is missing: `egmi-weights paper` says how to get it')
+        assert line.endswith('is missing: `egmi weights paper` says how to get it')
     for wanted in data:
         line = lines.pop(0)
         assert line.startswith("data: preset 'paper' needs ")
@@ -109,14 +108,13 @@ def test_paper_preset_lists_all_that_it_lacks(notebook, scorers, data, needs_map
     assert not (tmp_path/'out').exists()
 
 
-def test_weights_command_refuses_an_unknown_preset():
-    with pytest.raises(SystemExit, match="^egmi-weights: unknown preset 'maxi': choose one of mini, paper$"):
-        main('maxi')
+def test_weights_command_refuses_an_unknown_preset(command):
+    assert command('weights', 'maxi') == (2, '', ["egmi: unknown preset 'maxi': choose one of mini, paper"])
 
 
 def test_preset_that_comes_without_a_mapper_says_how_to_train_one():
-    message = (r'^paper holds no config\.json: .* `papermill nbs/ablation\.ipynb OUT\.ipynb '
-               r'-p preset paper .*DIR/egmi$')
+    message = ('^paper comes without a trained mapper, as none was published: '
+               '`egmi train --preset paper --data COCO` trains one for preset paper, give its folder$')
     with pytest.raises(FileNotFoundError, match=message):
         EGMI.from_pretrained('paper')
 

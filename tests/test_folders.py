@@ -12,13 +12,12 @@ import soundfile
 import soxr
 import torch
 from conftest import ROOT
-from fastcore.script import anno_parser
 
 from egmi.base.config import component_path, get_preset
 from egmi.data.examples import ids_hash
 from egmi.evaluation import folders as folders_module, outputs
 from egmi.evaluation.encoders import load_clap
-from egmi.evaluation.folders import main, read_captions, read_pairs, score_sounds, write_sounds
+from egmi.evaluation.folders import evaluate_folders, read_captions, read_pairs, score_sounds, write_sounds
 from egmi.evaluation.judge import Judge, features_and_logits, sound_tensor
 from egmi.evaluation.metrics import (
     KL_EPSILON, cosine_similarity, frechet_distance, inception_score, kernel_distance, kl_divergence)
@@ -73,7 +72,7 @@ def test_command_writes_and_prints_the_scores(folders, tmp_path):
     captions = {s.id: s.caption for s in SCENES}
     pd.DataFrame(captions.items(), columns=['id', 'caption']).to_csv(tmp_path/'captions.csv', index=False)
     out = tmp_path/'out'
-    command = [sys.executable, '-m', 'egmi.evaluation.folders', *folders]
+    command = [sys.executable, '-m', 'egmi', 'evaluate', *folders]
     command += ['--captions', tmp_path/'captions.csv', '--out', out, '--device', 'cpu', '--mcd']
     process = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600)
     assert process.returncode == 0, process.stderr[-2000:]
@@ -96,33 +95,30 @@ def test_command_writes_and_prints_the_scores(folders, tmp_path):
 
 def test_record_of_a_score_that_is_undefined_is_json(folders, tmp_path):
     write_sounds(folders[1], IDS[:1], AUDIO[:1] * 0, RATE)
-    main(*map(str, folders), out=str(tmp_path/'out'), device='cpu', mcd=True)
+    evaluate_folders(*map(str, folders), out=str(tmp_path/'out'), device='cpu', mcd=True)
     scores = json.loads((tmp_path/'out/run.json').read_text(), parse_constant=pytest.fail)['scores']
     assert scores['mcd_audio'] is None and scores['silent'] == 1
 
 
-def test_command_helps():
-    text = ' '.join(anno_parser(main).format_help().split())
+def test_command_helps(command):
+    text = ' '.join(command('evaluate', '--help')[1].split())
     options = ('reference', 'generated', '--captions', '--preset', '--out', '--resampler', '--mcd')
     assert all(part in text for part in (*options, 'write_sounds', 'columns id and caption'))
 
 
-def test_command_is_installed():
-    assert 'egmi-evaluate=egmi.evaluation.folders:main' in (ROOT/'settings.ini').read_text().split()
-
-
-def test_command_ends_in_one_line_and_writes_nothing(folders, tmp_path):
+def test_command_ends_in_one_line_and_writes_nothing(folders, tmp_path, command):
     for id in IDS[:4]:
         (folders[1]/f'{id}.wav').unlink()
-    with pytest.raises(SystemExit) as stop:
-        main(*map(str, folders), out=str(tmp_path/'out'))
-    assert stop.value.code == (
-        'egmi-evaluate: outputs are missing for 4 of 8 references: generate them, or take the references out '
+    status, _, (line,) = command('evaluate', *folders, '--out', tmp_path/'out')
+    assert status == 2
+    assert line == (
+        'egmi: outputs are missing for 4 of 8 references: generate them, or take the references out '
         f'(first: {", ".join(IDS[:3])})')
     assert os.listdir(tmp_path/'out') == []
-    with pytest.raises(SystemExit) as stop:
-        main(*map(str, folders), preset='maxi')
-    assert stop.value.code == "egmi-evaluate: unknown preset 'maxi': choose one of mini, paper"
+    assert command('evaluate', *folders, '--captions', tmp_path/'none.csv') == (
+        2, '', [f'egmi: there is no file {tmp_path}/none.csv: give a CSV with columns id and caption'])
+    status, _, (line,) = command('evaluate', *folders, '--preset', 'maxi')
+    assert status == 2 and line == "egmi: unknown preset 'maxi': choose one of mini, paper"
 
 
 # Bad input, each before any network is loaded
@@ -214,7 +210,7 @@ def test_folder_that_is_not_there(folders, tmp_path):
 def test_paper_preset_lists_only_the_weights_it_needs(folders):
     with pytest.raises(FileNotFoundError) as error:
         score_sounds('paper', *folders, device='cpu')
-    listed = ('Cnn14_16k_mAP=0.438.pth', 'vggish-10086976.pth', '`egmi-weights paper`')
+    listed = ('Cnn14_16k_mAP=0.438.pth', 'vggish-10086976.pth', '`egmi weights paper`')
     assert all(name in str(error.value) for name in listed)
     assert 'vicuna' not in str(error.value) and 'clap' not in str(error.value)
 

@@ -1,5 +1,6 @@
 """The wheel that `pip install .` builds works outside the repository."""
 import configparser
+import os
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from egmi.commands.experiments import EXPERIMENTS
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ('base', 'toybox', 'frozen', 'data', 'evaluation', 'small', 'commands')
@@ -48,6 +51,7 @@ def belongs_to_the_package(name):
 @pytest.mark.slow
 def test_wheel_holds_the_package_and_nothing_else(wheel):
     expected = {name for name in committed_files() if belongs_to_the_package(name)}
+    expected |= {f'egmi/notebooks/{name}.ipynb' for name in EXPERIMENTS}
     found = {name for name in zipfile.ZipFile(wheel).namelist() if '.dist-info/' not in name}
     assert {f'egmi/{part}/__init__.py' for part in PARTS} <= found
     assert {'egmi/__init__.py', 'egmi/py.typed'} <= found
@@ -60,6 +64,7 @@ def test_wheel_metadata(wheel):
     entry_points = configparser.ConfigParser()
     entry_points.read_string(archive.read(f'{info}/entry_points.txt').decode())
     assert dict(entry_points['nbdev']) == {'egmi': 'egmi._modidx:d'}
+    assert dict(entry_points['console_scripts']) == {'egmi': 'egmi.commands.command:main'}
     assert 'Requires-Python: >=3.11' in archive.read(f'{info}/METADATA').decode()
 
 
@@ -110,3 +115,18 @@ def test_wheel_imports_elsewhere(wheel, tmp_path):
     files = run(sys.executable, '-c', IMPORT_ALL, site, *modules, cwd=tmp_path).splitlines()
     assert len(files) > len(modules) > 0
     assert all(Path(file).is_relative_to(site) for file in files)
+
+
+@pytest.mark.slow
+def test_wheel_runs_its_own_notebooks(wheel, tmp_path):
+    site = tmp_path/'site'
+    zipfile.ZipFile(wheel).extractall(site)
+    environment = os.environ | dict(PYTHONPATH=str(site))
+    for name in EXPERIMENTS:
+        command = name.replace('_', '-')
+        process = subprocess.run(
+            [sys.executable, '-m', 'egmi', command, '--help'], cwd=tmp_path, env=environment, check=True,
+            capture_output=True, text=True)
+        assert f'Parameters of {site}/egmi/notebooks/{name}.ipynb:' in process.stdout
+        packed = (site/f'egmi/notebooks/{name}.ipynb').read_bytes()
+        assert packed == (ROOT/f'nbs/{name}.ipynb').read_bytes()

@@ -18,7 +18,7 @@ from conftest import NOTEBOOK, environment
 import egmi.frozen.vicuna
 from egmi.base.config import component_path, get_preset
 from egmi.evaluation.outputs import load_networks
-from egmi.frozen.weights import SOURCES, main, wanted_files
+from egmi.frozen.weights import SOURCES, wanted_files
 from egmi.model import load_generators, load_panda
 from egmi.small.random_weights import TINY, write_weights
 
@@ -253,7 +253,7 @@ def here(s):
     return replace(s, url=f'{sys.argv[1]}/{s.id}', bytes=len(body), sha256=sha256)
 
 egmi.frozen.weights.SOURCES = tuple(map(here, egmi.frozen.weights.SOURCES))
-egmi.frozen.weights.main('paper', download=True)
+sys.exit(not egmi.frozen.weights.list_weights('paper', fetch=True))
 '''
 
 
@@ -286,18 +286,17 @@ def test_download_goes_on_after_a_source_that_fails(hub, tmp_path):
 
 # merge-vicuna
 
-def test_merge_vicuna_hands_over_its_folders(monkeypatch):
+def test_merge_vicuna_hands_over_its_folders(monkeypatch, command):
     asked = []
     monkeypatch.setattr(egmi.frozen.vicuna, 'merge_vicuna', lambda *folders: asked.append(folders))
-    main('merge-vicuna', llama='a', delta='b', out='c')
+    assert command('weights', 'merge-vicuna', '--llama', 'a', '--delta', 'b', '--out', 'c') == (0, '', [])
     assert asked == [('a', 'b', 'c')]
 
 
-@pytest.mark.parametrize('options', [{}, dict(llama='a'), dict(llama='a', delta='b')], ids=len)
-def test_merge_vicuna_names_what_it_needs(options):
-    message = '^egmi-weights: merge-vicuna needs --llama DIR, --delta DIR and --out DIR$'
-    with pytest.raises(SystemExit, match=message):
-        main('merge-vicuna', **options)
+@pytest.mark.parametrize('options', [[], ['--llama', 'a'], ['--llama', 'a', '--delta', 'b']], ids=len)
+def test_merge_vicuna_names_what_it_needs(options, command):
+    message = 'egmi: merge-vicuna needs --llama DIR, --delta DIR and --out DIR'
+    assert command('weights', 'merge-vicuna', *options) == (2, '', [message])
 
 
 # papermill, word for word

@@ -1,4 +1,4 @@
-"""`egmi-train` alone and under `accelerate launch`, and the tables that take its folder."""
+"""`egmi train` alone and under `accelerate launch`, and the tables that take its folder."""
 import json
 import shutil
 import subprocess
@@ -19,7 +19,7 @@ RECIPE = ['--preset', 'paper', '--weights', 'tiny', '--systems', 'all', '--steps
 SAMPLES = ['--samples', '4', '--sampling-steps', '2']
 IN_FLOAT32 = """from egmi.base import config
 config.multiplies_bfloat16 = lambda: False
-from egmi.commands.train import main
+from egmi.commands.command import main
 main()
 """  # in bfloat16 the shares of a batch are rounded otherwise than the whole
 LAUNCHER = ['-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--main_process_port']
@@ -32,13 +32,13 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def start(tmp_path_factory, cache):
-    "Starts egmi-train in one process or two."
+    "Starts egmi train in one process or two."
     script = tmp_path_factory.mktemp('script')/'train.py'
     script.write_text(IN_FLOAT32)
 
     def begin(out, *options, processes=1):
         launcher = [*LAUNCHER, str(get_free_port())] if processes > 1 else []
-        command = [sys.executable, *launcher, script, *options, '--out', out]
+        command = [sys.executable, *launcher, script, 'train', *options, '--out', out]
         return subprocess.Popen(
             command, cwd=cache, env=environment(cache, OMP_NUM_THREADS='1'),
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -130,7 +130,7 @@ def test_a_killed_training_goes_on_with_two_processes(start, alone, tmp_path):
     process.kill()
     process.communicate()
     assert not list(folder.glob('*, seed 0')) and not (folder/'run.json').exists()
-    with pytest.raises(ValueError, match='is unfinished: `egmi-train --preset paper .*` goes on with it'):
+    with pytest.raises(ValueError, match='is unfinished: `egmi train --preset paper .*` goes on with it'):
         check_cells(ROOT/'nbs/ablation.ipynb', preset='paper', weights='tiny', trained=str(folder))
     finish(start(folder, *RECIPE, processes=2))
     assert_same_losses(folder, alone)
@@ -225,19 +225,10 @@ def test_a_damaged_or_missing_system_is_one_line(alone, tmp_path):
 # Bad input and the dry run, in this process
 
 @pytest.fixture
-def call(monkeypatch, capsys, tmp_path):
-    "Exit status of egmi-train, its output and its own lines on stderr."
-    from egmi.commands.train import main
-
+def call(command, tmp_path):
+    "Exit status of egmi train, its output and its own lines on stderr."
     def run(*options):
-        monkeypatch.setattr(sys, 'argv', ['egmi-train', '--out', str(tmp_path/'out'), *map(str, options)])
-        status = 0
-        try:
-            main()
-        except SystemExit as e:
-            status = e.code
-        printed = capsys.readouterr()
-        return status, printed.out, [line for line in printed.err.splitlines() if line.startswith('egmi')]
+        return command('train', '--out', tmp_path/'out', *options)
     return run
 
 
@@ -285,7 +276,7 @@ def test_pairs_that_are_not_those_of_the_folder_are_one_line(call, tmp_path):
     mini = get_preset('mini')
     pairs = read_pairs(mini, '', 4)['train']
     recipe = training_recipe(mini, '', pairs, ['EGMI mapper'], [0], mini.training)
-    begin_training(tmp_path/'out', pairs, recipe, 'egmi-train')
+    begin_training(tmp_path/'out', pairs, recipe, 'egmi train')
     own = tmp_path/'own'
     own.mkdir()
     for i, scene in enumerate(pairs):
@@ -300,7 +291,7 @@ def test_weights_that_lack_are_one_line(call, tmp_path, monkeypatch):
     monkeypatch.setenv('EGMI_WEIGHTS', str(tmp_path))
     monkeypatch.setenv('HF_HUB_CACHE', str(tmp_path))
     status, _, (line,) = call('--preset', 'paper', '--data', tmp_path)
-    assert status == 1 and '`egmi-weights paper` says how to get it' in line
+    assert status == 1 and '`egmi weights paper` says how to get it' in line
 
 
 def test_a_gpu_that_is_not_there_is_one_line(call):

@@ -187,8 +187,10 @@ def pick_device(
     import torch
     best = best_device()
     try:
-        return torch.empty(0, device=best if name == 'auto' else name).device
-    except (RuntimeError, AssertionError) as e:
+        probe = torch.zeros(1, device=best if name == 'auto' else name)
+        probe.item() # which a device that stores nothing refuses
+        return probe.device
+    except (RuntimeError, AssertionError, TypeError) as e:
         usable = 'auto or cpu' if best == 'cpu' else f'auto, cpu or {best}'
         raise ValueError(f'device {name!r} is not available here: use {usable}') from e
 

@@ -47,7 +47,7 @@ def check_weights(source:Source):
     if fault:
         names = source.id.replace('|', ' or ')
         raise FileNotFoundError(f'weights: {source.part} {names} ({source.gigabytes:g} GB) {fault}: '
-                                '`egmi-weights paper` says how to get it')
+                                '`egmi weights paper` says how to get it')
 
 def require_weights(
     preset:Preset,

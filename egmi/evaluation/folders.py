@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SURROGATE', 'id_flaw', 'checked_ids', 'as_list', 'write_sounds', 'find_sounds', 'require_all', 'checked_captions',
            'check_names', 'Sound', 'read_sound', 'read_pairs', 'distortion', 'clip_table', 'count_flaws', 'distortions',
-           'score_row', 'score_sounds', 'read_captions', 'write_scores', 'print_scores', 'main']
+           'score_row', 'score_sounds', 'read_captions', 'write_scores', 'print_scores', 'evaluate_folders']
 
 # %% ../../nbs/evaluation/11_folders.ipynb #cb811465
 from collections.abc import Iterable, Mapping
@@ -19,7 +19,6 @@ import unicodedata
 
 import numpy as np
 import pandas as pd
-from fastcore.script import call_parse
 from tqdm import tqdm
 
 from ..base.audio import SAMPLE_RATE, as_channels, checked_rate, is_silent
@@ -345,6 +344,8 @@ def read_captions(
     path # CSV with columns id and caption
 )->dict:  # id -> caption
     "The captions of a file, one for each id"
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'there is no file {path}: give a CSV with columns id and caption')
     rows = read_csv(Path(path), ['id', 'caption'])
     twice = rows.id[rows.id.duplicated()]
     if len(twice):
@@ -374,8 +375,7 @@ def print_scores(
         print(f'{name:16}{value}')
 
 # %% ../../nbs/evaluation/11_folders.ipynb #eb3e4271
-@call_parse
-def main(
+def evaluate_folders(
     reference:str,          # folder of recorded sounds: ID.wav, or flac, mp3, opus...
     generated:str,          # folder of generated sounds with the same names
     captions:str=None,      # CSV with columns id and caption, for CLAP
@@ -383,26 +383,20 @@ def main(
     out:str=None,           # folder for scores.csv, clips.csv and run.json
     resampler:str='soxr',   # soxr, or torchaudio as in most papers
     mcd:bool=False,         # also mel cepstral distortion, pair by pair
-    device:str='auto',      # cpu, cuda...
+    device:str='auto'       # cpu, cuda...
 ):
-    """Score a folder of generated sounds against a folder of recorded ones.
-    Nothing is generated here: write what your system makes of each caption to ID.wav, with any tool, or with
-    egmi.evaluation.folders.write_sounds(folder, ids, EGMI.generate(...).audio, sample_rate).
-    A run that was killed goes on where it was."""
+    "Print the scores of a folder and write them; a run that was killed goes on where it was"
     seconds = {}
     config = dict(
         reference=reference, generated=generated, captions=captions, preset=preset, resampler=resampler,
         mcd=mcd, device=device)
-    try:
-        for name, value in dict(captions=captions, out=out).items():
-            if value == '':
-                raise ValueError(f'--{name} is empty: give a path or leave it out')
-        folder = check_writable(out, '--out DIR') if out else None
-        with time_stage(seconds, 'score'):
-            texts = read_captions(captions) if captions else None
-            row, clips = score_sounds(preset, reference, generated, texts, device, resampler, mcd)
-    except (ValueError, OSError) as e:
-        raise SystemExit(f'egmi-evaluate: {e}')
+    for name, value in dict(captions=captions, out=out).items():
+        if value == '':
+            raise ValueError(f'--{name} is empty: give a path or leave it out')
+    texts = read_captions(captions) if captions else None
+    folder = check_writable(out, '--out DIR') if out else None
+    with time_stage(seconds, 'score'):
+        row, clips = score_sounds(preset, reference, generated, texts, device, resampler, mcd)
     if folder:
         write_scores(folder, row, clips, provenance(config, [], seconds))
     print_scores(row)

@@ -75,7 +75,7 @@ def build_published(
     "A network for inference in float32 with published weights"
     if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
         raise ValueError(f'{path} does not hold the weights of this network: '
-                         '`egmi-weights paper` tells which file does')
+                         '`egmi weights paper` tells which file does')
     with torch.device('meta'):
         model = make()
     load_strictly(model, state, path)

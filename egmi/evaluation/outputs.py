@@ -113,7 +113,7 @@ def weights_path(
     "The file or folder that holds the weights; FileNotFoundError if there is none"
     path = Path(component_path(source))
     if not path.exists():
-        raise FileNotFoundError(f'there are no weights {source}: `egmi-weights paper` says how to get them')
+        raise FileNotFoundError(f'there are no weights {source}: `egmi weights paper` says how to get them')
     return path
 
 @lru_cache(maxsize=6)

@@ -161,7 +161,7 @@ def read_recipe(
     path = folder/'recipe.json'
     if not path.exists():
         raise FileNotFoundError(f'{folder} holds no trained systems (recipe.json is missing): '
-                                'give a folder that egmi-train wrote')
+                                'give a folder that egmi train wrote')
     with suppress(ValueError):
         recipe = json.loads(path.read_text())
         if isinstance(recipe, dict) and {'ids', 'preset', 'systems', 'seeds', 'command'} <= recipe.keys():
@@ -349,7 +349,7 @@ def find_training(
     missing = [system for system in systems if system not in recipe['systems']]
     if missing:
         raise ValueError(f'{folder} has no {", ".join(missing)}, only {", ".join(recipe["systems"])}: '
-                         'give a folder that has, or train it into another one with egmi-train')
+                         'give a folder that has, or train it into another one with egmi train')
     for system in recipe['systems']:
         for seed in recipe['seeds']:
             check_system(folder/full_name(system, seed), recipe)

