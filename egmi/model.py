@@ -479,6 +479,7 @@ def read_config(
         raise ValueError(f'{folder}/config.json is not that of a trained mapper: '
                          'give a folder written by save_pretrained') from e
 
+# %% ../nbs/paper/07_model.ipynb #6f328af5
 TRAIN = '`egmi-train --preset paper --data COCO` trains one for preset paper'
 
 def trained_folder(
@@ -515,6 +516,7 @@ def download_trained(
             f'{id} is no folder, and the hub does not give a model of this name ({reason}): '
             'check the name, or log in with `hf auth login` if it is private') from e
 
+# %% ../nbs/paper/07_model.ipynb #31a57c23
 def find_trained(
     source,                   # `mini`, a folder written by `save_conditioner`, or `owner/name` of the hub
     systems=('EGMI mapper',), # names in `MAPPERS` or `BASELINES` that will do
