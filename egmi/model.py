@@ -297,7 +297,7 @@ def draw_samples(
         negative=negative, callback=callback, **options)
 
 @patch
-def draw(
+def sample_conditions(
     self:EGMI,
     conditions:Conditions, # B rows
     outputs:list,          # names
@@ -355,7 +355,7 @@ def generate(
         answers = repeat_each(answers, samples)
     for_image = dict(guidance_scale=guidance_image)
     for_audio = dict(guidance_scale=guidance_audio, seconds=seconds)
-    pictures, sounds = self.draw(
+    pictures, sounds = self.sample_conditions(
         self.predict(texts, features), outputs, for_image, for_audio,
         negatives=negatives, seeds=seeds, callback=callback, steps=steps, progress=progress)
     own_rate = self.audioldm.vocoder.config.sampling_rate
@@ -467,7 +467,7 @@ def save_pretrained(
     with replacing(folder/'README.md') as beside:
         beside.write_text(card, encoding='utf-8')
 
-# %% ../nbs/paper/07_model.ipynb #760d1f3a
+# %% ../nbs/paper/07_model.ipynb #51f4b35a
 def read_config(
     folder:Path # of a trained part
 )->tuple:       # name of the preset, name of the system, MapperConfig
@@ -479,7 +479,7 @@ def read_config(
         raise ValueError(f'{folder}/config.json is not that of a trained mapper: '
                          'give a folder written by save_pretrained') from e
 
-# %% ../nbs/paper/07_model.ipynb #6f328af5
+# %% ../nbs/paper/07_model.ipynb #d58ddfe6
 TRAIN = '`egmi-train --preset paper --data COCO` trains one for preset paper'
 
 def trained_folder(
@@ -516,7 +516,7 @@ def download_trained(
             f'{id} is no folder, and the hub does not give a model of this name ({reason}): '
             'check the name, or log in with `hf auth login` if it is private') from e
 
-# %% ../nbs/paper/07_model.ipynb #31a57c23
+# %% ../nbs/paper/07_model.ipynb #760d1f3a
 def find_trained(
     source,                   # `mini`, a folder written by `save_conditioner`, or `owner/name` of the hub
     systems=('EGMI mapper',), # names in `MAPPERS` or `BASELINES` that will do

@@ -1,4 +1,5 @@
 """Every wrong use of EGMI is one line with the parameter and the way out, before any network is used."""
+import io
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,7 +8,9 @@ import torch
 from PIL import Image
 
 import egmi.model
+from egmi.base.audio_files import wav_bytes
 from egmi.base.config import get_preset
+from egmi.base.inputs import read_inputs
 from egmi.model import EGMI
 
 PICTURE = Image.new('RGB', (8, 8))
@@ -141,3 +144,23 @@ def test_save_pretrained_refuses_a_folder(folder, error, message, tmp_path, monk
     refuse(error, message, model.save_pretrained, folder)
     assert [path.name for path in tmp_path.iterdir()] == ['sound.wav']
     assert (tmp_path/'sound.wav').read_text() == 'kept'
+
+
+# Rows of a dataset
+
+@pytest.mark.parametrize('decode', [True, False])
+def test_columns_and_rows_of_a_dataset_are_read(decode):
+    datasets = pytest.importorskip('datasets')
+    file = io.BytesIO()
+    PICTURE.save(file, 'PNG')
+    rows = dict(image=[dict(bytes=file.getvalue(), path=None)] * 2,
+                sound=[dict(bytes=wav_bytes(WAVE_T, 16_000), path=None)] * 2)
+    stored = dict(bytes=datasets.Value('binary'), path=datasets.Value('string')) # as Audio, without torchcodec
+    features = dict(image=datasets.Image(decode=decode), sound=stored)
+    data = datasets.Dataset.from_dict(rows, datasets.Features(features))
+    for images in (data['image'], data[:2]['image'], [data[0]['image'], data[1]['image']]):
+        assert len(read_inputs(images=images).images) == 2
+    assert read_inputs(images=data[0]['image']).images == [PICTURE]
+    sounds = read_inputs(audio=data['sound']).sounds
+    assert [rate for _, rate in sounds] == [16_000] * 2
+    np.testing.assert_allclose(sounds[0][0], WAVE_T, atol=1e-6)
