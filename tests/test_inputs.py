@@ -155,7 +155,7 @@ def test_columns_and_rows_of_a_dataset_are_read(decode):
     PICTURE.save(file, 'PNG')
     rows = dict(image=[dict(bytes=file.getvalue(), path=None)] * 2,
                 sound=[dict(bytes=wav_bytes(WAVE_T, 16_000), path=None)] * 2)
-    stored = dict(bytes=datasets.Value('binary'), path=datasets.Value('string')) # as Audio, without torchcodec
+    stored = dict(bytes=datasets.Value('binary'), path=datasets.Value('string')) # as Audio is
     features = dict(image=datasets.Image(decode=decode), sound=stored)
     data = datasets.Dataset.from_dict(rows, datasets.Features(features))
     for images in (data['image'], data[:2]['image'], [data[0]['image'], data[1]['image']]):

@@ -179,6 +179,7 @@ def decoders(self:LatentDiffusion)->tuple:
     "The networks that latents go through at the end"
     return (self.vae,)
 
+# %% ../../nbs/frozen/07_diffusion.ipynb #43aeafa1
 @patch(as_prop=True)
 def networks(self:LatentDiffusion)->tuple:
     "All networks, the text encoder first"
