@@ -53,7 +53,8 @@ def test_unknown_name():
 
 def test_help_shows_the_comments_of_parameters():
     generate = inspect.getdoc(egmi.EGMI.generate)
-    assert 'sample_rate: of `audio`, Hz' in generate and 'return: B rows' in generate
+    assert 'sample_rate: of samples that come without one, Hz' in generate
+    assert 'return: samples of the first prompt, then of the next' in generate
     assert 'device: as `pick_device` takes it' in inspect.getdoc(egmi.EGMI.from_pretrained)
     assert 'audio: [N, C] for AudioLDM' in inspect.getdoc(egmi.Conditions)
     assert 'return: FileExample' in inspect.getdoc(egmi.load_folder)
