@@ -22,7 +22,6 @@ from urllib.request import (
     HTTPDefaultErrorHandler, HTTPErrorProcessor, HTTPHandler, HTTPRedirectHandler, HTTPSHandler,
     OpenerDirector, ProxyHandler, Request, UnknownHandler)
 
-import numpy as np
 from PIL import Image
 from fastcore.basics import ifnone
 
