@@ -20,7 +20,6 @@ from numbers import Integral
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
 import torch
 from fastcore.basics import patch
 from huggingface_hub import HfApi, snapshot_download
