@@ -145,7 +145,7 @@ def test_weights_lie_where_egmi_weights_says(finished, cache):
     assert names == expected
     assert all((root/'weights'/name).is_file() for name in FILES[1:])
     variables = environment(cache, EGMI_WEIGHTS=f'{root}/weights', HF_HUB_CACHE=f'{root}/hub')
-    command = [sys.executable, '-m', 'egmi.frozen.weights', 'paper']
+    command = [sys.executable, '-m', 'egmi', 'weights', 'paper']
     process = subprocess.run(command, cwd=cache, capture_output=True, text=True, env=variables)
     rows = [line.rstrip() for line in process.stdout.splitlines() if str(root) in line]
     present = [row for row in rows if row.endswith('present')]
