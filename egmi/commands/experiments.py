@@ -12,7 +12,6 @@ from ast import literal_eval
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
-import difflib
 import json
 import re
 import shutil
@@ -21,6 +20,7 @@ import sys
 from typer import Context
 
 import egmi
+from ..base.checks import require_known
 from .options import named, one_line, refuse
 
 # %% ../../nbs/commands/06_experiments.ipynb #b4c7e86c
@@ -96,11 +96,7 @@ def check_names(
 ):
     "ValueError for a parameter that the notebook does not have"
     for name in parameters:
-        if name in known:
-            continue
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f'did you mean {close[0]!r}?' if close else 'choose from ' + ', '.join(known)
-        raise ValueError(f'unknown parameter {name!r}: {hint}')
+        require_known(name, known)
 
 # %% ../../nbs/commands/06_experiments.ipynb #3d5cf26a
 def has_started(

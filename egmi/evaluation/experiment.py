@@ -13,7 +13,6 @@ from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-import difflib
 import json
 import os
 import platform
@@ -28,7 +27,7 @@ import soundfile
 import torch
 from fastcore.basics import patch
 
-from ..base.checks import require_positive
+from ..base.checks import require_known, require_positive
 from ..base.config import MINI, RECIPES, Preset
 from ..base.files import read_kept, replacing, write_json, write_table
 from ..base.provenance import code_version, hardware
@@ -109,12 +108,7 @@ def check_parameters(
         of_python = name.startswith('_') or name in ('In', 'Out')
         if of_python or not isinstance(value, data):
             continue
-        if name not in declared:
-            close = difflib.get_close_matches(name, declared, n=1)
-            hint = 'choose from ' + ', '.join(declared)
-            if close:
-                hint = f'did you mean {close[0]!r}?'
-            raise ValueError(f'unknown parameter {name!r}: {hint}')
+        require_known(name, declared)
         if value is None and name in OF_RECIPES:
             continue
         kind = declared[name]
