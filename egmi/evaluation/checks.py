@@ -57,9 +57,7 @@ def require_weights(
     run_checks([partial(check_weights, source) for source in sources_of(preset, parts)])
 
 # %% ../../nbs/evaluation/06_checks.ipynb #d2c7f5e3
-LAYOUTS = dict( # corpus -> what must be in its folder, alternatives separated by |, and how that is said
-    COCO=(('annotations/captions_train2017.json|annotations/captions_train2014.json|dataset_coco.json',),
-          "COCO's pictures and its annotations or dataset_coco.json"),
+LAYOUTS = dict( # corpus -> what must be in its folder, and how that is said
     AudioCaps=(('test.csv', 'audio'), 'test.csv with columns audiocap_id, youtube_id, start_time, caption, '
                'and the clips in audio'),
     VCTK=(('txt', 'wav48_silence_trimmed'), 'txt and wav48_silence_trimmed of VCTK 0.92'))
@@ -70,12 +68,7 @@ def missing_files(
 )->list:
     "What a folder lacks of a corpus"
     files, _ = LAYOUTS[corpus]
-    missing = []
-    for names in files:
-        alternatives = names.split('|')
-        if not any((Path(folder)/name).exists() for name in alternatives):
-            missing.append(alternatives[0])
-    return missing
+    return [name for name in files if not (Path(folder)/name).exists()]
 
 def check_data(
     preset:Preset,
