@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LONGEST', 'LEAST', 'TRAIN', 'EGMI', 'cut_text', 'cut_texts', 'at_rate', 'check_outputs', 'check_recipe',
            'check_callback', 'read_negative', 'as_seed', 'draw_seeds', 'repeat_each', 'draw_samples', 'folder_to_write',
-           'save_conditioner', 'copy_samples', 'read_config', 'trained_folder', 'download_trained', 'find_trained',
-           'load_conditioner', 'load_panda', 'load_generators', 'mapper_config', 'read_origin']
+           'save_conditioner', 'copy_samples', 'read_config', 'trained_folder', 'only_system', 'download_trained',
+           'find_trained', 'load_conditioner', 'load_panda', 'load_generators', 'mapper_config', 'read_origin']
 
 # %% ../nbs/paper/07_model.ipynb #0a864cf6
 import json
@@ -494,13 +494,25 @@ def trained_folder(
         raise FileNotFoundError('paper comes without a trained mapper, as none was published: '
                                 f'{TRAIN}, give its folder')
     if folder.is_dir():
-        return folder
+        return only_system(folder)
     if folder.exists():
         raise NotADirectoryError(f'{source} is a file: give the folder of a trained mapper that holds it')
     if folder.is_absolute() or str(source).count('/') != 1:
         advice = f'give mini or the folder of a trained mapper ({TRAIN}), or owner/name of one on the hub'
         raise FileNotFoundError(f'there is no folder {source}: {advice}')
     return download_trained(str(source))
+
+def only_system(
+    folder:Path
+)->Path:
+    "The folder itself, or that of the one system that a training has left in it"
+    if (folder/'config.json').exists():
+        return folder
+    systems = [path.parent for path in sorted(folder.glob('[!.]*/config.json'))]
+    if len(systems) > 1:
+        names = ', '.join(path.name for path in systems)
+        raise ValueError(f'{folder} holds several systems: give the folder of one of them, {names}')
+    return systems[0] if systems else folder
 
 def download_trained(
     id:str # `owner/name`

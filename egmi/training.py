@@ -6,7 +6,7 @@
 __all__ = ['LENGTHS', 'TAIL_ROWS', 'READ_EVERY', 'text_targets', 'ComputedTargets', 'keep_targets', 'Prompts', 'drop_modalities',
            'length_multiple', 'Prefixes', 'ComputedPrefixes', 'KeptPrefixes', 'estimate_lengths', 'keep_prefixes',
            'Conditioner', 'make_conditioner', 'lockstep_losses', 'make_step', 'Lockstep', 'step_blocks', 'record_block',
-           'block_values', 'train_block', 'start_trainings', 'train_conditioners', 'predict_conditions']
+           'block_values', 'train_block', 'start_trainings', 'show', 'train_conditioners', 'predict_conditions']
 
 # %% ../nbs/paper/04_training.ipynb #98063d8a
 import hashlib
@@ -476,6 +476,16 @@ def start_trainings(
     return trainings
 
 # %% ../nbs/paper/04_training.ipynb #aa2cd0aa
+def show(
+    trainings,
+    watch, # called with them, or None
+    processes:Processes
+):
+    "Have the main process look at systems, while the others wait"
+    if watch and processes.is_main:
+        watch(trainings)
+    processes.wait()
+
 def train_conditioners(
     conditioners:dict,        # name -> Conditioner, whose parameters are changed in place
     panda:PandaGPT,           # the frozen LLM
@@ -485,7 +495,8 @@ def train_conditioners(
     weights:LossWeights=None, # None makes predicting the mean cost 1 in each term
     checkpoints:Path=None,    # folder to continue from and to write to
     error=F.mse_loss,         # as `alignment_loss` takes it
-    processes:Processes=ALONE # that share the rows of each batch
+    processes:Processes=ALONE, # that share the rows of each batch
+    watch=None                # called with `Training`s before their first step and at each checkpoint
 )->dict:                      # name -> loss of every step
     "Train tokens and mappers towards the text encoders (paper, section 3.2), side by side"
     if len(prefixes) != len(targets):
@@ -497,6 +508,7 @@ def train_conditioners(
         some_rows = np.arange(min(len(targets), 4096))
         weights = LossWeights.balanced(targets[some_rows])
     trainings = start_trainings(conditioners, config, checkpoints, prefixes.prompts.hash(), processes)
+    show(trainings, watch, processes)
     lockstep = Lockstep(panda, prefixes, targets, config, weights, error, processes)
     first = min(len(training.losses) for training in trainings)
     size = config.batch_size
@@ -510,6 +522,8 @@ def train_conditioners(
                 losses_TS, said = train_block(lockstep, active, block)
                 errors += said
                 bar.set_postfix(loss=f'{losses_TS.mean().item():.4f}', refresh=False)
+                if trainings[0].is_due(block.stop):
+                    show([t for t in active if len(t.losses) == block.stop], watch, processes)
             bar.update(len(block) * size)
     for training in trainings:
         training.optimizer.zero_grad() # gradients take as much memory as weights

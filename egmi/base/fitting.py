@@ -160,7 +160,9 @@ def load_training_state(
     if state is None:
         return []
     saved = torch.load(io.BytesIO(state), map_location=device, weights_only=True)
-    differ = [name for name, value in asdict(config).items() if saved['config'].get(name) != value]
+    wanted = asdict(config)
+    del wanted['save_every'] # changes nothing but when
+    differ = [name for name, value in wanted.items() if saved['config'].get(name) != value]
     if tensor_shapes(saved['module']) != tensor_shapes(module.state_dict()):
         differ.append('model')
     if saved['data'] != data:
