@@ -250,7 +250,8 @@ def prepare_rehearsal(
 )->Request:
     "With random weights: write them and a small corpus, once for all processes"
     from egmi.small.rehearsal import prepare
-    options = (request.weights, request.settings['n_train'], request.samples or 1, processes.device)
+    n_train = request.settings['n_train'] or request.preset.training['n_train']
+    options = (request.weights, n_train, request.samples or 1, processes.device)
     if processes.is_main:
         prepare(*options)
     processes.wait()
@@ -413,6 +414,7 @@ def report(
         means = [column for column in table if column.endswith('_condition')]
         print(f'cosines with the conditions of the text encoders, {record["n"]["held_out"]} held-out captions:')
         print(table[means].round(3).to_string())
+        print('(other captions: what a mapper reaches that knows no more than their mean)')
     if request.data and run.preset.toybox:
         print('Generators are frozen, and those of this preset know nothing but Toybox: '
               'everything is drawn and played in its style.')
