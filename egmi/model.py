@@ -479,7 +479,7 @@ def read_config(
                          'give a folder written by save_pretrained') from e
 
 # %% ../nbs/paper/07_model.ipynb #d58ddfe6
-TRAIN = '`egmi train --preset paper --data COCO` trains one for preset paper'
+TRAIN = '`egmi train COCO --preset paper` trains one for preset paper'
 
 def trained_folder(
     source # `mini`, a folder written by `save_pretrained`, or `owner/name` of the hub

@@ -114,7 +114,7 @@ def test_weights_command_refuses_an_unknown_preset(command):
 
 def test_preset_that_comes_without_a_mapper_says_how_to_train_one():
     message = ('^paper comes without a trained mapper, as none was published: '
-               '`egmi train --preset paper --data COCO` trains one for preset paper, give its folder$')
+               '`egmi train COCO --preset paper` trains one for preset paper, give its folder$')
     with pytest.raises(FileNotFoundError, match=message):
         EGMI.from_pretrained('paper')
 

@@ -6,7 +6,8 @@
 __all__ = ['ADVICE', 'DIFFERENCES', 'RESTORE', 'BadFile', 'bad_file', 'opened', 'list_files', 'file_identity', 'plain_spelling',
            'spelling_differences', 'describe_twins', 'explain_mismatch', 'discard', 'clear_leftovers', 'usual_mode',
            'replacing', 'jsonable', 'write_json', 'write_table', 'is_machine_error', 'read_kept', 'read_or_make',
-           'read_arrays', 'write_arrays', 'map_rows', 'made_once', 'file_hash', 'check_files', 'check_space']
+           'read_arrays', 'write_arrays', 'map_rows', 'made_once', 'file_hash', 'check_files', 'first_existing',
+           'check_space']
 
 # %% ../../nbs/base/01_files.ipynb #e94f7c87
 from contextlib import contextmanager, suppress
@@ -333,14 +334,19 @@ def check_files(
             raise ValueError(f'weight file {path} has a wrong sha256: {remedy}')
 
 # %% ../../nbs/base/01_files.ipynb #adc76ba0
+def first_existing(
+    path:Path # may not exist yet
+)->Path:
+    "The path, or the first folder above it that exists"
+    return next(there for there in (path, *path.absolute().parents) if there.exists())
+
 def check_space(
     folder:Path,             # may not exist yet
     needed:int,              # bytes
     what:str='the weights'   # that are to be written
 ):
     "OSError unless the disk of `folder` has that much space"
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free
+    free = shutil.disk_usage(first_existing(folder)).free
     if free < needed:
         raise OSError(f'disk: {folder} has {free / 1e9:.1f} GB free, and {what} take {needed / 1e9:.1f} GB: '
                       'make room or choose another folder')

@@ -22,7 +22,7 @@ import sys
 
 from typer import Argument
 
-from .options import named, refuse
+from .options import named, one_line, refuse
 
 # %% ../../nbs/commands/02_train.ipynb #188da0a2
 @dataclass(frozen=True)
@@ -211,6 +211,7 @@ def check_machine(
     processes
 ):
     "An error that lists everything that the request needs and this machine lacks"
+    from egmi.base.files import first_existing
     from egmi.evaluation.checks import check_run
     from egmi.evaluation.experiment import check_writable
     from egmi.data.captioned import check_source
@@ -227,7 +228,7 @@ def check_machine(
                          'start fewer, or raise --batch-size')
     pairs = partial(check_source, request.preset, request.data, 'FOLDER')
     check_run(request.preset, processes.device, parts, data, 0, more=[pairs])
-    check_writable(request.out, '--out DIR')
+    check_writable(first_existing(request.out), '--out DIR') # it is not made before the pairs are read
 
 def check_disk(
     request:Request,
@@ -469,12 +470,14 @@ def start(
     dry_run:bool
 ):
     "Do what is asked for; an error is one line"
-    from egmi.base.processes import ALONE, one_line_errors, start_processes
+    from egmi.base.processes import one_line_errors, start_processes
     if dry_run:
-        with one_line_errors(ALONE):
+        with one_line():
             return print_costs(request, processes=1)
-    with one_line_errors(ALONE):
+    with one_line():
         processes = start_processes(device, log_with, request.out)
+    alone = processes.count == 1 # else one may fail alone, and the others must not wait for it
+    errors = one_line(request.out) if alone else one_line_errors(processes, request.out)
     quiet = nullcontext() if processes.is_main else redirect_stdout(io.StringIO())
-    with one_line_errors(processes, request.out), quiet:
+    with errors, quiet:
         run_request(request, processes)
