@@ -25,8 +25,8 @@ from ..frozen.features import unique_pictures
 def may_be_of_hub(
     source
 )->bool:
-    "Whether this may be `owner/name` of a dataset of the hub"
-    return bool(re.fullmatch(r'\w[\w.-]*/[\w.-]+', str(source)))
+    "Whether this may be `owner/name` of a dataset of the hub; not if `owner` is a folder here"
+    return bool(re.fullmatch(r'\w[\w.-]*/[\w.-]+', str(source))) and not Path(source).parent.is_dir()
 
 def check_source(
     preset:Preset,
