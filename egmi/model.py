@@ -201,6 +201,16 @@ def check_outputs(
         raise ValueError(f'no outputs are wanted: {choice}')
     return outputs
 
+@patch
+def check_heads(
+    self:EGMI,
+    outputs:list # names
+):
+    "ValueError for an output that the mapper has no head for"
+    mapper = self.conditioner.mapper
+    if 'image' in outputs and mapper.image_head is None:
+        raise ValueError(f'{type(mapper).__name__} makes no pictures: leave image out of outputs')
+
 def check_recipe(
     steps,        # denoising steps
     seconds=None, # length of a sound
@@ -305,9 +315,6 @@ def sample_conditions(
     **options              # as `draw_samples` takes them
 )->tuple:                  # N pictures, N sounds; None for what is not wanted
     "Pictures and sounds of conditions"
-    if 'image' in outputs and conditions.image is None:
-        kind = type(self.conditioner.mapper).__name__
-        raise ValueError(f'{kind} makes no pictures: leave image out of outputs')
     pictures = sounds = None
     if 'image' in outputs:
         pictures = draw_samples(
@@ -339,6 +346,7 @@ def generate(
 )->EGMIOutput:                      # samples of the first prompt, then of the next
     "Generate from any mix of modalities (paper, section 3.4)"
     outputs = check_outputs(outputs)
+    self.check_heads(outputs)
     check_recipe(steps, seconds, guidance_image=guidance_image, guidance_audio=guidance_audio)
     require_positive(samples=samples, max_new_tokens=max_new_tokens)
     check_callback(callback)

@@ -155,6 +155,7 @@ def generate(
         check_inputs(given)
         pick_device(device)
         egmi = load(model, device)
+        egmi.check_heads(outputs)
         folder = check_writable(out, '--out DIR')
         options = dict(outputs=outputs, steps=steps, seconds=seconds)
         rows = [(prompt, seed + i) for prompt in given for i in range(samples)]
