@@ -283,14 +283,15 @@ def repeat_each(
     return [thing for thing in things for _ in range(n)]
 
 def draw_samples(
-    model,       # `StableDiffusion` or `AudioLDM`
-    condition,   # [B, ...] what the mapper predicts
-    negatives,   # 1 or B texts, or None
-    seeds:list,  # N ints, N / B samples of each prompt
-    callback,    # as `generate` takes it, and
-    what:str,    # `image` or `audio` for it
-    **options    # of the model's `generate`
-):               # N samples
+    model,        # `StableDiffusion` or `AudioLDM`
+    condition,    # [B, ...] what the mapper predicts
+    negatives,    # 1 or B texts, or None
+    seeds:list,   # N ints, N / B samples of each prompt
+    callback,     # as `generate` takes it, and
+    what:str,     # `image` or `audio` for it
+    sources=None, # B sounds to edit; None generates
+    **options     # of the model's `generate` or `edit`
+):                # N samples
     "Samples of each prompt, one after the other"
     from egmi.frozen.diffusion import generators_for
     n_each = len(seeds) // len(condition)
@@ -301,7 +302,10 @@ def draw_samples(
             negative = negative.repeat_interleave(n_each, 0)
     if callback is not None:
         callback = partial(callback, what)
-    return model.generate(
+    make = model.generate
+    if sources is not None:
+        make = partial(model.edit, wave_BT=repeat_each(sources, n_each))
+    return make(
         condition.repeat_interleave(n_each, 0), generator=generators_for(seeds),
         negative=negative, callback=callback, **options)
 
@@ -381,32 +385,32 @@ def edit(
     steps:int=None,                 # denoising steps of a whole generation; None takes AudioLDM's own
     guidance_scale:float=None,      # 1 or less turns guidance off, as in diffusers; None takes AudioLDM's own
     negative=None,                  # what is not wanted, where guidance is on: one text, or one a sound
+    samples:int=1,                  # of each sound
     callback=None,                  # called with audio, the steps done, and those of all samples
     progress:bool=True              # show a bar
-)->EGMIOutput:                      # B rows
+)->EGMIOutput:                      # samples of the first sound, then of the next
     "Change sounds as a text says (paper, Table 2)"
     from egmi.frozen.audioldm import check_lengths, check_strength
-    from egmi.frozen.diffusion import generators_for
     check_strength(strength)
     check_recipe(steps, guidance_scale=guidance_scale)
+    require_positive(samples=samples)
     check_callback(callback)
     if audio is None:
         raise ValueError('there is nothing to edit: give one sound or many as audio')
     inputs = read_inputs(text, None, audio, sample_rate)
     n = len(inputs)
     negatives = read_negative(negative, n)
-    seeds = draw_seeds(n, seed, generator)
+    seeds = draw_seeds(n * samples, seed, generator)
     own_rate = self.audioldm.vocoder.config.sampling_rate
     waves = at_rate(inputs.sounds, own_rate)
     check_lengths(waves)
 
     texts, features = self.encode_inputs(inputs)
-    edited_BT = self.audioldm.edit(
-        self.predict(texts, features).audio, waves * (n // len(waves)), strength,
-        generator=generators_for(seeds), steps=steps, guidance_scale=guidance_scale,
-        negative=None if negatives is None else self.audioldm.encode_text(negatives),
-        callback=None if callback is None else partial(callback, 'audio'), progress=progress)
-    return EGMIOutput(None, None, edited_BT, own_rate, texts, seeds)
+    edited_BT = draw_samples(
+        self.audioldm, self.predict(texts, features).audio, negatives, seeds, callback, 'audio',
+        sources=waves * (n // len(waves)), strength=strength, steps=steps,
+        guidance_scale=guidance_scale, progress=progress)
+    return EGMIOutput(None, None, edited_BT, own_rate, repeat_each(texts, samples), seeds)
 
 # %% ../nbs/paper/07_model.ipynb #f9217554
 def folder_to_write(

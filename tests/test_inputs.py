@@ -111,6 +111,7 @@ def test_generate_refuses_what_the_mapper_has_no_head_for(outputs, model):
     (dict(audio=[(16_000, WAVE_T), (8000, WAVE_T)]), ValueError, '2 different lengths: edit sounds'),
     (dict(audio=(16_000, WAVE_T), strength=2), ValueError, 'strength must lie between 0 and 1, not 2'),
     (dict(audio=(16_000, WAVE_T), steps=0), ValueError, f'steps {NUMBER} 0'),
+    (dict(audio=(16_000, WAVE_T), samples=0), ValueError, f'samples {NUMBER} 0'),
     (dict(audio=(16_000, WAVE_T), generator=0), TypeError, 'give a number as seed'),
     (dict(audio=(16_000, WAVE_T), callback='x'), TypeError, "callback must be a function or None, not 'x'"),
 ], ids=lambda value: ' '.join(value) if isinstance(value, dict) else '')
