@@ -309,23 +309,17 @@ def draw_samples(
         condition.repeat_interleave(n_each, 0), generator=generators_for(seeds),
         negative=negative, callback=callback, **options)
 
+# %% ../nbs/paper/07_model.ipynb #d69f646f
 @patch
-def sample_conditions(
+def answer(
     self:EGMI,
-    conditions:Conditions, # B rows
-    outputs:list,          # names
-    for_image:dict,        # options of Stable Diffusion alone
-    for_audio:dict,        # options of AudioLDM alone
-    **options              # as `draw_samples` takes them
-)->tuple:                  # N pictures, N sounds; None for what is not wanted
-    "Pictures and sounds of conditions"
-    pictures = sounds = None
-    if 'image' in outputs:
-        pictures = draw_samples(
-            self.stable_diffusion, conditions.image, what='image', **for_image, **options)
-    if 'audio' in outputs:
-        sounds = draw_samples(self.audioldm, conditions.audio, what='audio', **for_audio, **options)
-    return pictures, sounds
+    texts:list,        # B prompts, as `prompts` returns them
+    features:list,     # and the features of their media
+    max_new_tokens:int # of each answer
+)->list:               # B texts
+    "What the LLM says; asked what there is where a prompt has no text"
+    questions = [text or QUESTION for text in texts]
+    return self.panda.generate_text(questions, features, max_new_tokens)
 
 # %% ../nbs/paper/07_model.ipynb #028f8b8a
 @patch
@@ -359,16 +353,17 @@ def generate(
     seeds = draw_seeds(len(inputs) * samples, seed, generator)
     texts, features = self.encode_inputs(inputs, max_new_tokens if 'text' in outputs else 0)
 
-    answers = None
+    answers = pictures = sounds = None
     if 'text' in outputs:
-        questions = [text or QUESTION for text in texts]
-        answers = self.panda.generate_text(questions, features, max_new_tokens)
-        answers = repeat_each(answers, samples)
-    for_image = dict(guidance_scale=guidance_image)
-    for_audio = dict(guidance_scale=guidance_audio, seconds=seconds)
-    pictures, sounds = self.sample_conditions(
-        self.predict(texts, features), outputs, for_image, for_audio,
-        negatives=negatives, seeds=seeds, callback=callback, steps=steps, progress=progress)
+        answers = repeat_each(self.answer(texts, features, max_new_tokens), samples)
+    conditions = self.predict(texts, features)
+    options = dict(negatives=negatives, seeds=seeds, callback=callback, steps=steps, progress=progress)
+    if 'image' in outputs:
+        pictures = draw_samples(
+            self.stable_diffusion, conditions.image, what='image', guidance_scale=guidance_image, **options)
+    if 'audio' in outputs:
+        options |= dict(guidance_scale=guidance_audio, seconds=seconds)
+        sounds = draw_samples(self.audioldm, conditions.audio, what='audio', **options)
     own_rate = self.audioldm.vocoder.config.sampling_rate
     return EGMIOutput(answers, pictures, sounds, own_rate, repeat_each(texts, samples), seeds)
 
