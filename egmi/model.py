@@ -32,7 +32,7 @@ from .base.files import replacing, write_json
 from .base.inputs import (
     SHORTEST, Inputs, as_text, describe, is_one_text, one_or_many, read_inputs)
 from .base.loading import first_line, load_strictly, read_tensors
-from .cards import model_card, read_run
+from .cards import model_card, read_run, without_folders
 from .frozen.pandagpt import PandaGPT, QUESTION
 from .mapper import BASELINES, MAPPERS, Conditions, MapperConfig
 from .outputs import EGMIOutput
@@ -465,7 +465,7 @@ def save_pretrained(
     system = names[type(self.conditioner.mapper)]
     save_conditioner(self.conditioner, folder, system, self.preset.name)
     if self.origin is not None:
-        write_json(folder/'training.json', dict(conditioner=self.origin))
+        write_json(folder/'training.json', dict(conditioner=without_folders(self.origin)))
     samples = copy_samples(run, folder/'samples') if run else []
     n_parameters = sum(p.numel() for p in self.conditioner.parameters())
     card = model_card(

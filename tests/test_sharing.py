@@ -173,6 +173,22 @@ def test_experiments_take_a_shared_mapper(egmi, server):
 
 
 @pytest.mark.slow
+def test_no_path_of_this_machine_is_shared(egmi, server):
+    data, out = '/home/me/red birds', '/home/me/runs/1'
+    command = f"egmi train --data '{data}' --out={out}"
+    config = dict(data=data, sounds='/home/me/songs', out_dir=out, trained=[out], steps=20)
+    origin = egmi.origin | dict(command=command, config=config)
+    parts = (egmi.panda, egmi.conditioner, egmi.stable_diffusion, egmi.audioldm)
+    EGMI(egmi.preset, *parts, origin).push_to_hub('me/bells', token=TOKEN)
+    for name, content in server.repos['me/bells'].items():
+        assert b'/home' not in content, name
+    shared = json.loads(server.repos['me/bells']['training.json'])['conditioner']
+    assert shared['command'] == "egmi train --data 'red birds' --out=1"
+    assert shared['config'] == dict(data='red birds', sounds='songs', out_dir='1', trained=['1'], steps=20)
+    assert b'| data | red birds |' in server.repos['me/bells']['README.md']
+
+
+@pytest.mark.slow
 def test_a_second_push_replaces_the_first(egmi, server):
     for value in (0., 1.):
         other = EGMI(egmi.preset, egmi.panda, egmi.conditioner, egmi.stable_diffusion, egmi.audioldm)
