@@ -41,7 +41,7 @@ from .training import (
 
 # %% ../nbs/paper/07_model.ipynb #9d371057
 class EGMI:
-    "Frozen multimodal LLM, trained conditioner, frozen generators"
+    "Frozen multimodal LLM, trained conditioner, frozen generators; `from_pretrained` loads them"
     def __init__(
         self,
         preset,                  # `Preset` that the parts belong to
@@ -158,7 +158,7 @@ def prompts(
     text=None,       # one text or many
     images=None,     # one picture or many
     audio=None,      # one sound or many
-    sample_rate=None # of samples that come without one, Hz
+    sample_rate=None # Hz, of arrays and tensors that come without one
 )->tuple:            # B texts; for each the features [n, d_imagebind] of its media, or None
     "What was given, read and encoded"
     return self.encode_inputs(read_inputs(text, images, audio, sample_rate))
@@ -181,7 +181,7 @@ def conditions(
     text=None,       # one text or many
     images=None,     # one picture or many
     audio=None,      # one sound or many
-    sample_rate=None # of samples that come without one, Hz
+    sample_rate=None # Hz, of arrays and tensors that come without one
 )->Conditions:       # B rows, on the CPU
     "What the mapper predicts for both generators"
     texts, features = self.prompts(text, images, audio, sample_rate)
@@ -327,19 +327,19 @@ def generate(
     self:EGMI,
     text=None,                      # one text or many
     images=None,                    # one picture or many: path, URL, bytes, PIL, array, tensor
-    audio=None,                     # one sound or many: the same, or (rate, samples)
-    sample_rate=None,               # of samples that come without one, Hz
+    audio=None,                     # one sound or many: path, URL, bytes, (Hz, samples), what EGMI returned
+    sample_rate:int=None,           # Hz, of arrays and tensors that come without one
     outputs=('image', 'audio'),     # any of text, image, audio; one or many
     seed=None,                      # of the first sample, the next has one more; or one for each sample
     generator:torch.Generator=None, # draws the seeds instead; None is the global one
-    steps:int=None,                 # denoising steps; None takes each generator's own, as the next three do
-    seconds:float=None,             # length of a sound
-    guidance_image:float=None,      # 1 or less turns guidance off, as in diffusers
-    guidance_audio:float=None,      # likewise
+    steps:int=None,                 # denoising steps; None is each generator's own number
+    seconds:float=None,             # length of each sound; None is AudioLDM's own
+    guidance_image:float=None,      # scale for pictures, 1 or less is off; None is Stable Diffusion's own
+    guidance_audio:float=None,      # scale for sounds, 1 or less is off; None is AudioLDM's own
     negative=None,                  # what is not wanted, where guidance is on: one text, or one a prompt
     samples:int=1,                  # pictures and sounds of each prompt
     callback=None,                  # called with image or audio, the steps done, and those of all samples
-    max_new_tokens:int=48,          # of the text
+    max_new_tokens:int=48,          # longest answer, in tokens
     progress:bool=True              # show bars
 )->EGMIOutput:                      # samples of the first prompt, then of the next
     "Generate from any mix of modalities (paper, section 3.4)"
@@ -372,15 +372,15 @@ def generate(
 def edit(
     self:EGMI,
     text,                           # what to change: one text or many; None leaves it to the sound
-    audio,                          # one sound or many equally long ones, as `generate` takes them
-    sample_rate:int=None,           # of samples that come without one, Hz
+    audio,                          # one sound or many equally long ones: path, URL, bytes, (Hz, samples)...
+    sample_rate:int=None,           # Hz, of arrays and tensors that come without one
     strength:float=.6,              # 0 keeps the sound as autoencoder and vocoder render it, 1 only its level
     seed=None,                      # of the first sample, the next has one more; or one for each sample
     generator:torch.Generator=None, # draws the seeds instead; None is the global one
-    steps:int=None,                 # denoising steps of a whole generation; None takes AudioLDM's own
-    guidance_scale:float=None,      # 1 or less turns guidance off, as in diffusers; None takes AudioLDM's own
+    steps:int=None,                 # denoising steps of a whole generation; None is AudioLDM's own number
+    guidance_scale:float=None,      # 1 or less is off; None is AudioLDM's own
     negative=None,                  # what is not wanted, where guidance is on: one text, or one a sound
-    samples:int=1,                  # of each sound
+    samples:int=1,                  # edits of each sound
     callback=None,                  # called with audio, the steps done, and those of all samples
     progress:bool=True              # show a bar
 )->EGMIOutput:                      # samples of the first sound, then of the next
@@ -619,7 +619,7 @@ def read_origin(
 def from_pretrained(
     cls:EGMI,
     source='mini',     # `mini`, a folder written by `save_pretrained`, or `owner/name` of the hub
-    device:str='auto', # as `pick_device` takes it
+    device:str='auto', # auto, cpu, cuda, cuda:1, mps...
     offload:bool=False # have ImageBind and the generators wait in host memory while others work
 )->EGMI:
     "Load a trained EGMI with the frozen parts of its preset"

@@ -54,7 +54,7 @@ def list_made(
 # %% ../nbs/paper/05_outputs.ipynb #a4a0de10
 @dataclass(frozen=True, eq=False, repr=False)
 class EGMIOutput:
-    "What came out; None for what was not asked for"
+    "Samples to iterate over, to index, slice and save; None for what was not asked for"
     text:list[str]|None   # B answers
     images:list|None      # B PIL pictures
     audio:np.ndarray|None # float32 [B, T]
