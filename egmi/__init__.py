@@ -1,5 +1,6 @@
 "Pictures and sounds from a frozen language model. The public names load on first use: `import egmi` is fast."
 import inspect
+import sys
 from importlib import import_module
 
 __version__ = "0.1.0"
@@ -35,16 +36,45 @@ def parts(value):
                     yield function
 
 
+def describe(parameter):
+    "Name, type and default of a parameter"
+    facts = []
+    annotation = parameter.annotation
+    if isinstance(annotation, type) and annotation is not inspect.Parameter.empty:
+        facts.append(annotation.__name__)
+    elif annotation is not inspect.Parameter.empty:
+        facts.append(inspect.formatannotation(annotation))
+    if parameter.default is not inspect.Parameter.empty:
+        facts.append(f'default {parameter.default!r}')
+    return f'{parameter.name} ({", ".join(facts)})' if facts else parameter.name
+
+
 def explain(value):
-    "Append the comments behind the parameters to the docstring, where `help` and `?` show them"
+    "Append the comments behind parameters and result to the docstring, where `help` and `?` show them"
     from fastcore.docments import docments
-    marker = '\n\nParameters and result:\n'
-    if marker in (value.__doc__ or ''):
+    doc = value.__doc__ or ''
+    if '\n\nParameters:\n' in doc or '\n\nReturns:\n' in doc:
         return
     notes = docments(value, returns=True)
-    lines = [f'    {name}: {note}' for name, note in notes.items() if note]
+    lines = []
+    for name, parameter in inspect.signature(value).parameters.items():
+        if notes.get(name):
+            lines.append(f'    {describe(parameter)}: {notes[name]}')
     if lines:
-        value.__doc__ = (value.__doc__ or '') + marker + '\n'.join(lines)
+        doc += '\n\nParameters:\n' + '\n'.join(lines)
+    if notes.get('return'):
+        doc += f'\n\nReturns:\n    {notes["return"]}'
+    value.__doc__ = doc
+
+
+def explain_loaded():
+    "Explain the public names of all modules that are loaded: what a function returns, and not it alone"
+    for name, module in MODULES.items():
+        loaded = sys.modules.get(f'{__name__}.{module}')
+        value = globals().get(name) or getattr(loaded, '__dict__', {}).get(name)
+        if value is not None:
+            for part in parts(value):
+                explain(part)
 
 
 def __getattr__(name):
@@ -52,12 +82,12 @@ def __getattr__(name):
     if name not in MODULES:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     value = getattr(import_module(f'{__name__}.{MODULES[name]}'), name)
-    for part in parts(value):
-        explain(part)
     globals()[name] = value
+    explain_loaded()
     return value
 
 
 def __dir__():
-    own = {'PUBLIC', 'MODULES', 'import_module', 'inspect', 'parts', 'explain'}
+    own = {'PUBLIC', 'MODULES', 'import_module', 'inspect', 'sys',
+           'parts', 'describe', 'explain', 'explain_loaded'}
     return sorted((globals().keys() | MODULES.keys()) - own)

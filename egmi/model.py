@@ -32,7 +32,7 @@ from .base.files import replacing, write_json
 from .base.inputs import (
     SHORTEST, Inputs, as_text, describe, is_one_text, one_or_many, read_inputs)
 from .base.loading import first_line, load_strictly, read_tensors
-from .cards import model_card, read_run
+from .cards import model_card, read_run, without_folders
 from .frozen.pandagpt import PandaGPT, QUESTION
 from .mapper import BASELINES, MAPPERS, Conditions, MapperConfig
 from .outputs import EGMIOutput
@@ -41,7 +41,7 @@ from .training import (
 
 # %% ../nbs/paper/07_model.ipynb #9d371057
 class EGMI:
-    "Frozen multimodal LLM, trained conditioner, frozen generators"
+    "Frozen multimodal LLM, trained conditioner, frozen generators; `from_pretrained` loads them"
     def __init__(
         self,
         preset,                  # `Preset` that the parts belong to
@@ -158,7 +158,7 @@ def prompts(
     text=None,       # one text or many
     images=None,     # one picture or many
     audio=None,      # one sound or many
-    sample_rate=None # of samples that come without one, Hz
+    sample_rate=None # Hz, of arrays and tensors that come without one
 )->tuple:            # B texts; for each the features [n, d_imagebind] of its media, or None
     "What was given, read and encoded"
     return self.encode_inputs(read_inputs(text, images, audio, sample_rate))
@@ -181,7 +181,7 @@ def conditions(
     text=None,       # one text or many
     images=None,     # one picture or many
     audio=None,      # one sound or many
-    sample_rate=None # of samples that come without one, Hz
+    sample_rate=None # Hz, of arrays and tensors that come without one
 )->Conditions:       # B rows, on the CPU
     "What the mapper predicts for both generators"
     texts, features = self.prompts(text, images, audio, sample_rate)
@@ -200,6 +200,16 @@ def check_outputs(
     if not outputs:
         raise ValueError(f'no outputs are wanted: {choice}')
     return outputs
+
+@patch
+def check_heads(
+    self:EGMI,
+    outputs:list # names
+):
+    "ValueError for an output that the mapper has no head for"
+    mapper = self.conditioner.mapper
+    if 'image' in outputs and mapper.image_head is None:
+        raise ValueError(f'{type(mapper).__name__} makes no pictures: leave image out of outputs')
 
 def check_recipe(
     steps,        # denoising steps
@@ -273,14 +283,15 @@ def repeat_each(
     return [thing for thing in things for _ in range(n)]
 
 def draw_samples(
-    model,       # `StableDiffusion` or `AudioLDM`
-    condition,   # [B, ...] what the mapper predicts
-    negatives,   # 1 or B texts, or None
-    seeds:list,  # N ints, N / B samples of each prompt
-    callback,    # as `generate` takes it, and
-    what:str,    # `image` or `audio` for it
-    **options    # of the model's `generate`
-):               # N samples
+    model,        # `StableDiffusion` or `AudioLDM`
+    condition,    # [B, ...] what the mapper predicts
+    negatives,    # 1 or B texts, or None
+    seeds:list,   # N ints, N / B samples of each prompt
+    callback,     # as `generate` takes it, and
+    what:str,     # `image` or `audio` for it
+    sources=None, # B sounds to edit; None generates
+    **options     # of the model's `generate` or `edit`
+):                # N samples
     "Samples of each prompt, one after the other"
     from egmi.frozen.diffusion import generators_for
     n_each = len(seeds) // len(condition)
@@ -291,30 +302,24 @@ def draw_samples(
             negative = negative.repeat_interleave(n_each, 0)
     if callback is not None:
         callback = partial(callback, what)
-    return model.generate(
+    make = model.generate
+    if sources is not None:
+        make = partial(model.edit, wave_BT=repeat_each(sources, n_each))
+    return make(
         condition.repeat_interleave(n_each, 0), generator=generators_for(seeds),
         negative=negative, callback=callback, **options)
 
+# %% ../nbs/paper/07_model.ipynb #d69f646f
 @patch
-def sample_conditions(
+def answer(
     self:EGMI,
-    conditions:Conditions, # B rows
-    outputs:list,          # names
-    for_image:dict,        # options of Stable Diffusion alone
-    for_audio:dict,        # options of AudioLDM alone
-    **options              # as `draw_samples` takes them
-)->tuple:                  # N pictures, N sounds; None for what is not wanted
-    "Pictures and sounds of conditions"
-    if 'image' in outputs and conditions.image is None:
-        kind = type(self.conditioner.mapper).__name__
-        raise ValueError(f'{kind} makes no pictures: leave image out of outputs')
-    pictures = sounds = None
-    if 'image' in outputs:
-        pictures = draw_samples(
-            self.stable_diffusion, conditions.image, what='image', **for_image, **options)
-    if 'audio' in outputs:
-        sounds = draw_samples(self.audioldm, conditions.audio, what='audio', **for_audio, **options)
-    return pictures, sounds
+    texts:list,        # B prompts, as `prompts` returns them
+    features:list,     # and the features of their media
+    max_new_tokens:int # of each answer
+)->list:               # B texts
+    "What the LLM says; asked what there is where a prompt has no text"
+    questions = [text or QUESTION for text in texts]
+    return self.panda.generate_text(questions, features, max_new_tokens)
 
 # %% ../nbs/paper/07_model.ipynb #028f8b8a
 @patch
@@ -322,23 +327,24 @@ def generate(
     self:EGMI,
     text=None,                      # one text or many
     images=None,                    # one picture or many: path, URL, bytes, PIL, array, tensor
-    audio=None,                     # one sound or many: the same, or (rate, samples)
-    sample_rate=None,               # of samples that come without one, Hz
+    audio=None,                     # one sound or many: path, URL, bytes, (Hz, samples), what EGMI returned
+    sample_rate:int=None,           # Hz, of arrays and tensors that come without one
     outputs=('image', 'audio'),     # any of text, image, audio; one or many
     seed=None,                      # of the first sample, the next has one more; or one for each sample
     generator:torch.Generator=None, # draws the seeds instead; None is the global one
-    steps:int=None,                 # denoising steps; None takes each generator's own, as the next three do
-    seconds:float=None,             # length of a sound
-    guidance_image:float=None,      # 1 or less turns guidance off, as in diffusers
-    guidance_audio:float=None,      # likewise
+    steps:int=None,                 # denoising steps; None is each generator's own number
+    seconds:float=None,             # length of each sound; None is AudioLDM's own
+    guidance_image:float=None,      # scale for pictures, 1 or less is off; None is Stable Diffusion's own
+    guidance_audio:float=None,      # scale for sounds, 1 or less is off; None is AudioLDM's own
     negative=None,                  # what is not wanted, where guidance is on: one text, or one a prompt
     samples:int=1,                  # pictures and sounds of each prompt
     callback=None,                  # called with image or audio, the steps done, and those of all samples
-    max_new_tokens:int=48,          # of the text
+    max_new_tokens:int=48,          # longest answer, in tokens
     progress:bool=True              # show bars
 )->EGMIOutput:                      # samples of the first prompt, then of the next
     "Generate from any mix of modalities (paper, section 3.4)"
     outputs = check_outputs(outputs)
+    self.check_heads(outputs)
     check_recipe(steps, seconds, guidance_image=guidance_image, guidance_audio=guidance_audio)
     require_positive(samples=samples, max_new_tokens=max_new_tokens)
     check_callback(callback)
@@ -347,16 +353,17 @@ def generate(
     seeds = draw_seeds(len(inputs) * samples, seed, generator)
     texts, features = self.encode_inputs(inputs, max_new_tokens if 'text' in outputs else 0)
 
-    answers = None
+    answers = pictures = sounds = None
     if 'text' in outputs:
-        questions = [text or QUESTION for text in texts]
-        answers = self.panda.generate_text(questions, features, max_new_tokens)
-        answers = repeat_each(answers, samples)
-    for_image = dict(guidance_scale=guidance_image)
-    for_audio = dict(guidance_scale=guidance_audio, seconds=seconds)
-    pictures, sounds = self.sample_conditions(
-        self.predict(texts, features), outputs, for_image, for_audio,
-        negatives=negatives, seeds=seeds, callback=callback, steps=steps, progress=progress)
+        answers = repeat_each(self.answer(texts, features, max_new_tokens), samples)
+    conditions = self.predict(texts, features)
+    options = dict(negatives=negatives, seeds=seeds, callback=callback, steps=steps, progress=progress)
+    if 'image' in outputs:
+        pictures = draw_samples(
+            self.stable_diffusion, conditions.image, what='image', guidance_scale=guidance_image, **options)
+    if 'audio' in outputs:
+        options |= dict(guidance_scale=guidance_audio, seconds=seconds)
+        sounds = draw_samples(self.audioldm, conditions.audio, what='audio', **options)
     own_rate = self.audioldm.vocoder.config.sampling_rate
     return EGMIOutput(answers, pictures, sounds, own_rate, repeat_each(texts, samples), seeds)
 
@@ -365,40 +372,40 @@ def generate(
 def edit(
     self:EGMI,
     text,                           # what to change: one text or many; None leaves it to the sound
-    audio,                          # one sound or many equally long ones, as `generate` takes them
-    sample_rate:int=None,           # of samples that come without one, Hz
+    audio,                          # one sound or many equally long ones: path, URL, bytes, (Hz, samples)...
+    sample_rate:int=None,           # Hz, of arrays and tensors that come without one
     strength:float=.6,              # 0 keeps the sound as autoencoder and vocoder render it, 1 only its level
     seed=None,                      # of the first sample, the next has one more; or one for each sample
     generator:torch.Generator=None, # draws the seeds instead; None is the global one
-    steps:int=None,                 # denoising steps of a whole generation; None takes AudioLDM's own
-    guidance_scale:float=None,      # 1 or less turns guidance off, as in diffusers; None takes AudioLDM's own
+    steps:int=None,                 # denoising steps of a whole generation; None is AudioLDM's own number
+    guidance_scale:float=None,      # 1 or less is off; None is AudioLDM's own
     negative=None,                  # what is not wanted, where guidance is on: one text, or one a sound
+    samples:int=1,                  # edits of each sound
     callback=None,                  # called with audio, the steps done, and those of all samples
     progress:bool=True              # show a bar
-)->EGMIOutput:                      # B rows
+)->EGMIOutput:                      # samples of the first sound, then of the next
     "Change sounds as a text says (paper, Table 2)"
     from egmi.frozen.audioldm import check_lengths, check_strength
-    from egmi.frozen.diffusion import generators_for
     check_strength(strength)
     check_recipe(steps, guidance_scale=guidance_scale)
+    require_positive(samples=samples)
     check_callback(callback)
     if audio is None:
         raise ValueError('there is nothing to edit: give one sound or many as audio')
     inputs = read_inputs(text, None, audio, sample_rate)
     n = len(inputs)
     negatives = read_negative(negative, n)
-    seeds = draw_seeds(n, seed, generator)
+    seeds = draw_seeds(n * samples, seed, generator)
     own_rate = self.audioldm.vocoder.config.sampling_rate
     waves = at_rate(inputs.sounds, own_rate)
     check_lengths(waves)
 
     texts, features = self.encode_inputs(inputs)
-    edited_BT = self.audioldm.edit(
-        self.predict(texts, features).audio, waves * (n // len(waves)), strength,
-        generator=generators_for(seeds), steps=steps, guidance_scale=guidance_scale,
-        negative=None if negatives is None else self.audioldm.encode_text(negatives),
-        callback=None if callback is None else partial(callback, 'audio'), progress=progress)
-    return EGMIOutput(None, None, edited_BT, own_rate, texts, seeds)
+    edited_BT = draw_samples(
+        self.audioldm, self.predict(texts, features).audio, negatives, seeds, callback, 'audio',
+        sources=waves * (n // len(waves)), strength=strength, steps=steps,
+        guidance_scale=guidance_scale, progress=progress)
+    return EGMIOutput(None, None, edited_BT, own_rate, repeat_each(texts, samples), seeds)
 
 # %% ../nbs/paper/07_model.ipynb #f9217554
 def folder_to_write(
@@ -458,7 +465,7 @@ def save_pretrained(
     system = names[type(self.conditioner.mapper)]
     save_conditioner(self.conditioner, folder, system, self.preset.name)
     if self.origin is not None:
-        write_json(folder/'training.json', dict(conditioner=self.origin))
+        write_json(folder/'training.json', dict(conditioner=without_folders(self.origin)))
     samples = copy_samples(run, folder/'samples') if run else []
     n_parameters = sum(p.numel() for p in self.conditioner.parameters())
     card = model_card(
@@ -624,7 +631,7 @@ def read_origin(
 def from_pretrained(
     cls:EGMI,
     source='mini',     # `mini`, a folder written by `save_pretrained`, or `owner/name` of the hub
-    device:str='auto', # as `pick_device` takes it
+    device:str='auto', # auto, cpu, cuda, cuda:1, mps...
     offload:bool=False # have ImageBind and the generators wait in host memory while others work
 )->EGMI:
     "Load a trained EGMI with the frozen parts of its preset"

@@ -153,3 +153,19 @@ def new_cache(tmp_path_factory):
             (folder/llm.name).symlink_to(llm)
         return folder
     return make
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    "The stand-in for the hub, and a client with an empty cache that knows no other."
+    import huggingface_hub.constants as hub
+    from stand_in import serving
+    with serving() as server:
+        address = f'http://127.0.0.1:{server.server_port}'
+        monkeypatch.setattr(hub, 'ENDPOINT', address)
+        template = address + '/{repo_id}/resolve/{revision}/{filename}'
+        monkeypatch.setattr(hub, 'HUGGINGFACE_CO_URL_TEMPLATE', template)
+        monkeypatch.setattr(hub, 'HF_HUB_OFFLINE', False)
+        monkeypatch.setattr(hub, 'HF_HUB_DISABLE_XET', True)  # its uploads go to another server
+        monkeypatch.setenv('HF_HUB_CACHE', str(tmp_path/'hub'))
+        yield server

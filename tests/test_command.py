@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -228,6 +229,14 @@ def test_a_model_that_is_none_is_one_line(model, command, tmp_path, monkeypatch)
         status, said, (line,) = command(*words, '--model', model)
         assert (status, said) == (2, '') and model in line
     assert sorted(os.listdir(tmp_path)) == ['latin.txt', 'tone.wav']
+
+
+def test_a_model_without_pictures_is_one_line(command, tmp_path, monkeypatch):
+    conditioner = SimpleNamespace(mapper=SimpleNamespace(image_head=None))
+    monkeypatch.setattr(generate, 'load', lambda *options: EGMI(None, None, conditioner, None, None))
+    status, said, (line,) = command('generate', 'a', '--out', tmp_path/'out')
+    assert (status, said) == (2, '') and line.endswith('makes no pictures: leave image out of outputs')
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_failure_is_one_line_with_its_traceback_in_a_file(loaded, command, tmp_path, monkeypatch):

@@ -53,14 +53,37 @@ def test_unknown_name():
 
 def test_help_shows_the_comments_of_parameters():
     generate = inspect.getdoc(egmi.EGMI.generate)
-    assert 'sample_rate: of samples that come without one, Hz' in generate
-    assert 'return: samples of the first prompt, then of the next' in generate
-    assert 'device: as `pick_device` takes it' in inspect.getdoc(egmi.EGMI.from_pretrained)
-    assert 'audio: [N, C] for AudioLDM' in inspect.getdoc(egmi.Conditions)
-    assert 'return: FileExample' in inspect.getdoc(egmi.load_folder)
+    for line in (
+            '    text (default None): one text or many',
+            '    sample_rate (int, default None): Hz, of arrays and tensors that come without one',
+            '    generator (Generator, default None): draws the seeds instead; None is the global one',
+            'Returns:\n    samples of the first prompt, then of the next'):
+        assert f'\n{line}' in generate
+    device = "device (str, default 'auto'): auto, cpu, cuda, cuda:1, mps..."
+    assert device in inspect.getdoc(egmi.EGMI.from_pretrained)
+    assert 'audio (Tensor): [N, C] for AudioLDM' in inspect.getdoc(egmi.Conditions)
+    assert 'image (torch.Tensor | None): [N, L, C] for' in inspect.getdoc(egmi.Conditions)
+    assert 'Returns:\n    FileExample' in inspect.getdoc(egmi.load_folder)
+
+
+METHODS = ['generate', 'edit', 'conditions', 'prompts', 'save_pretrained', 'push_to_hub']
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_help_leaves_no_parameter_out(method):
+    function = getattr(egmi.EGMI, method)
+    listed = inspect.getdoc(function).partition('Parameters:\n')[2].splitlines()
+    _, *names = inspect.signature(function).parameters
+    assert [line.split()[0].rstrip(':') for line in listed[:len(names)]] == names
+
+
+def test_help_explains_what_is_returned_too():
+    code = 'from egmi import EGMI; from egmi.outputs import EGMIOutput; help(EGMIOutput.save)'
+    process = subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True)
+    assert 'folder: made if it is missing' in process.stdout
 
 
 def test_comments_are_added_once():
     inherited = [cls.encode_captions.__doc__ for cls in (egmi.StableDiffusion, egmi.AudioLDM)]
     assert inherited[0] == inherited[1]
-    assert inherited[0].count('captions:') == 1
+    assert inherited[0].count('Parameters:') == inherited[0].count('captions (') == 1

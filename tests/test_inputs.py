@@ -11,10 +11,12 @@ import egmi.model
 from egmi.base.audio_files import wav_bytes
 from egmi.base.config import get_preset
 from egmi.base.inputs import read_inputs
+from egmi.mapper import GILLMapper, MapperConfig
 from egmi.model import EGMI
 
 PICTURE = Image.new('RGB', (8, 8))
 WAVE_T = np.sin(np.arange(16_000) / 10).astype(np.float32)
+SMALL = MapperConfig(d_llm=8, d_model=8, n_heads=2, n_encoder_layers=1, n_decoder_layers=1, d_ff=8)
 STEREO_2T = torch.from_numpy(np.stack([WAVE_T, WAVE_T]))
 
 
@@ -26,9 +28,10 @@ class Untouched:
 
 @pytest.fixture
 def model():
-    "An EGMI without networks; only the sample rate of its sounds is known."
+    "An EGMI without networks; only the sample rate of its sounds is known, and that it makes pictures."
     vocoder = SimpleNamespace(config=SimpleNamespace(sampling_rate=16_000))
-    return EGMI(get_preset('mini'), Untouched(), Untouched(), Untouched(), SimpleNamespace(vocoder=vocoder))
+    conditioner = SimpleNamespace(mapper=SimpleNamespace(image_head=Untouched()))
+    return EGMI(get_preset('mini'), Untouched(), conditioner, Untouched(), SimpleNamespace(vocoder=vocoder))
 
 
 def refuse(error, message, make, *args, **kwargs):
@@ -93,6 +96,13 @@ def test_generate_refuses(given, error, message, model):
     refuse(error, message, model.generate, **given)
 
 
+@pytest.mark.parametrize('outputs', [('image', 'audio'), 'image', ['text', 'image']])
+def test_generate_refuses_what_the_mapper_has_no_head_for(outputs, model):
+    model.conditioner.mapper = GILLMapper(SMALL)
+    message = 'GILLMapper makes no pictures: leave image out of outputs'
+    refuse(ValueError, message, model.generate, 'a dog', outputs=outputs)
+
+
 @pytest.mark.parametrize('given, error, message', [
     (dict(audio=None), ValueError, 'there is nothing to edit: give one sound or many as audio'),
     (dict(audio=[]), ValueError, 'audio is empty: give at least one'),
@@ -101,6 +111,7 @@ def test_generate_refuses(given, error, message, model):
     (dict(audio=[(16_000, WAVE_T), (8000, WAVE_T)]), ValueError, '2 different lengths: edit sounds'),
     (dict(audio=(16_000, WAVE_T), strength=2), ValueError, 'strength must lie between 0 and 1, not 2'),
     (dict(audio=(16_000, WAVE_T), steps=0), ValueError, f'steps {NUMBER} 0'),
+    (dict(audio=(16_000, WAVE_T), samples=0), ValueError, f'samples {NUMBER} 0'),
     (dict(audio=(16_000, WAVE_T), generator=0), TypeError, 'give a number as seed'),
     (dict(audio=(16_000, WAVE_T), callback='x'), TypeError, "callback must be a function or None, not 'x'"),
 ], ids=lambda value: ' '.join(value) if isinstance(value, dict) else '')

@@ -1,19 +1,12 @@
-"""A trained EGMI goes to the hub and comes back whole: tokens, mapper, how it was made, and its card.
-
-The hub is a small server on this machine, which the client of huggingface_hub really talks to: a replaced
-client would not notice a request that the hub refuses."""
-import base64
-import hashlib
+"""A trained EGMI goes to the hub and comes back whole: tokens, mapper, how it was made, and its card."""
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import urlsplit
 
-import huggingface_hub.constants as hub
 import pytest
 import torch
 from huggingface_hub import ModelCard
+
+from stand_in import COMMIT, TOKEN
 
 from egmi import EGMI
 from egmi.mapper import BASELINES, MAPPERS
@@ -21,92 +14,6 @@ from egmi.model import find_trained, load_conditioner
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = ROOT/'runs/mini/ablation'
-TOKEN = 'hf_secret'
-COMMIT = 'c' * 40
-
-
-class Hub(BaseHTTPRequestHandler):
-    "The requests that sharing and loading a model make; `server.repos` is id -> {path: bytes}."
-
-    def answer(self, data=b'', code=200, **headers):
-        if not isinstance(data, bytes):
-            data = json.dumps(data).encode()
-            headers['Content-Type'] = 'application/json'
-        self.send_response(code)
-        for name, value in (headers | {'Content-Length': str(len(data))}).items():
-            self.send_header(name.replace('_', '-'), value)
-        self.end_headers()
-        if self.command != 'HEAD':
-            self.wfile.write(data)
-
-    def refuse(self, code, kind):
-        self.answer(dict(error=kind), code, X_Error_Code=kind, X_Error_Message=kind)
-
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers['Content-Length']))
-        path = urlsplit(self.path).path
-        if path == '/api/validate-yaml':
-            return self.answer({})
-        if self.headers.get('Authorization') != f'Bearer {TOKEN}':
-            return self.refuse(401, 'Unauthorized')
-        if path == '/api/repos/create':
-            wanted = json.loads(body)
-            repo = f'me/{wanted["name"]}'
-            self.server.repos.setdefault(repo, {})
-            self.server.created.append(wanted)
-            return self.answer(dict(url=f'{hub.ENDPOINT}/{repo}'))
-        repo, action = path.removeprefix('/api/models/').rsplit('/', 2)[:2]
-        if action == 'preupload':
-            names = [file['path'] for file in json.loads(body)['files']]
-            modes = [dict(path=name, uploadMode='regular', shouldIgnore=False) for name in names]
-            return self.answer(dict(files=modes))
-        for line in body.splitlines():
-            item = json.loads(line)
-            if item['key'] == 'file':
-                value = item['value']
-                self.server.repos[repo][value['path']] = base64.b64decode(value['content'])
-        self.answer(dict(commitUrl=f'{hub.ENDPOINT}/{repo}/commit/{COMMIT}', commitOid=COMMIT))
-
-    def do_GET(self):
-        path = urlsplit(self.path).path.strip('/').removeprefix('api/models/')
-        if path.startswith('api/'):
-            return self.refuse(404, 'NotFound')
-        owner, name, action, _, *rest = path.split('/')
-        files = self.server.repos.get(f'{owner}/{name}')
-        if files is None:
-            return self.refuse(404, 'RepoNotFound')
-        if action == 'revision':
-            return self.answer(dict(id=f'{owner}/{name}', sha=COMMIT, siblings=[]))
-        if action == 'tree':
-            tree = [dict(type='file', path=file, size=len(content), oid=hashlib.sha1(content).hexdigest())
-                    for file, content in files.items()]
-            return self.answer(tree)
-        content = files['/'.join(rest)]
-        self.server.loaded.append('/'.join(rest))
-        self.answer(content, ETag=f'"{hashlib.sha1(content).hexdigest()}"', X_Repo_Commit=COMMIT)
-
-    do_HEAD = do_GET
-
-    def log_message(self, *args):
-        "Say nothing"
-
-
-@pytest.fixture
-def server(monkeypatch, tmp_path):
-    "The stand-in, and a client with an empty cache that knows no other hub."
-    server = ThreadingHTTPServer(('127.0.0.1', 0), Hub)
-    server.repos, server.created, server.loaded = {}, [], []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f'http://127.0.0.1:{server.server_port}'
-    monkeypatch.setattr(hub, 'ENDPOINT', address)
-    template = address + '/{repo_id}/resolve/{revision}/{filename}'
-    monkeypatch.setattr(hub, 'HUGGINGFACE_CO_URL_TEMPLATE', template)
-    monkeypatch.setattr(hub, 'HF_HUB_OFFLINE', False)
-    monkeypatch.setattr(hub, 'HF_HUB_DISABLE_XET', True)  # its uploads go to another server
-    monkeypatch.setenv('HF_HUB_CACHE', str(tmp_path/'hub'))
-    yield server
-    server.shutdown()
-    server.server_close()
 
 
 @pytest.fixture(scope='module')
@@ -170,6 +77,22 @@ def test_experiments_take_a_shared_mapper(egmi, server):
     check_same_weights(load_conditioner(folder, egmi.panda), egmi.conditioner)
     server.repos.clear()  # once it is here the hub is not needed
     assert find_trained('me/bells')[0] == folder
+
+
+@pytest.mark.slow
+def test_no_path_of_this_machine_is_shared(egmi, server):
+    data, out = '/home/me/red birds', '/home/me/runs/1'
+    command = f"egmi train --data '{data}' --out={out}"
+    config = dict(data=data, sounds='/home/me/songs', out_dir=out, trained=[out], steps=20)
+    origin = egmi.origin | dict(command=command, config=config)
+    parts = (egmi.panda, egmi.conditioner, egmi.stable_diffusion, egmi.audioldm)
+    EGMI(egmi.preset, *parts, origin).push_to_hub('me/bells', token=TOKEN)
+    for name, content in server.repos['me/bells'].items():
+        assert b'/home' not in content, name
+    shared = json.loads(server.repos['me/bells']['training.json'])['conditioner']
+    assert shared['command'] == "egmi train --data 'red birds' --out=1"
+    assert shared['config'] == dict(data='red birds', sounds='songs', out_dir='1', trained=['1'], steps=20)
+    assert b'| data | red birds |' in server.repos['me/bells']['README.md']
 
 
 @pytest.mark.slow
