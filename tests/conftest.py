@@ -158,6 +158,7 @@ def new_cache(tmp_path_factory):
 @pytest.fixture
 def server(monkeypatch, tmp_path):
     "The stand-in for the hub, and a client with an empty cache that knows no other."
+    import datasets
     import huggingface_hub.constants as hub
     from stand_in import serving
     with serving() as server:
@@ -165,7 +166,11 @@ def server(monkeypatch, tmp_path):
         monkeypatch.setattr(hub, 'ENDPOINT', address)
         template = address + '/{repo_id}/resolve/{revision}/{filename}'
         monkeypatch.setattr(hub, 'HUGGINGFACE_CO_URL_TEMPLATE', template)
-        monkeypatch.setattr(hub, 'HF_HUB_OFFLINE', False)
+        monkeypatch.setattr(datasets.config, 'HF_ENDPOINT', address)
+        monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', tmp_path/'datasets')
+        for config in (hub, datasets.config):
+            monkeypatch.setattr(config, 'HF_HUB_OFFLINE', False)
         monkeypatch.setattr(hub, 'HF_HUB_DISABLE_XET', True)  # its uploads go to another server
+        monkeypatch.setattr(hub, 'HF_HUB_CACHE', str(tmp_path/'hub'))
         monkeypatch.setenv('HF_HUB_CACHE', str(tmp_path/'hub'))
         yield server

@@ -3,6 +3,7 @@ really talks to. A replaced client would not notice a request that the hub refus
 import base64
 import hashlib
 import json
+import os
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,7 +16,7 @@ COMMIT = 'c' * 40
 
 
 class Hub(BaseHTTPRequestHandler):
-    "The requests that sharing and loading a model make; `server.repos` is id -> {path: bytes}."
+    "The requests that sharing and loading a model or a dataset make; `server.repos` is id -> {path: bytes}."
 
     def answer(self, data=b'', code=200, **headers):
         if not isinstance(data, bytes):
@@ -57,27 +58,42 @@ class Hub(BaseHTTPRequestHandler):
         self.answer(dict(commitUrl=f'{hub.ENDPOINT}/{repo}/commit/{COMMIT}', commitOid=COMMIT))
 
     def do_GET(self):
-        path = urlsplit(self.path).path.strip('/').removeprefix('api/models/')
-        if path.startswith('api/'):
-            return self.refuse(404, 'NotFound')
-        owner, name, action, _, *rest = path.split('/')
-        files = self.server.repos.get(f'{owner}/{name}')
+        url = urlsplit(self.path)
+        path = url.path.strip('/').removeprefix('api/')
+        for kind in ('models/', 'datasets/'):
+            path = path.removeprefix(kind)
+        parts = path.split('/')
+        repo, action, file = '/'.join(parts[:2]), ''.join(parts[2:3]), '/'.join(parts[4:])
+        files = self.server.repos.get(repo)
         if files is None:
             return self.refuse(404, 'RepoNotFound')
-        if action == 'revision':
-            return self.answer(dict(id=f'{owner}/{name}', sha=COMMIT, siblings=[]))
+        if action in ('', 'revision'):
+            return self.answer(dict(id=repo, sha=COMMIT, siblings=[]))
         if action == 'tree':
-            tree = [dict(type='file', path=file, size=len(content), oid=hashlib.sha1(content).hexdigest())
-                    for file, content in files.items()]
-            return self.answer(tree)
-        content = files['/'.join(rest)]
-        self.server.loaded.append('/'.join(rest))
-        self.answer(content, ETag=f'"{hashlib.sha1(content).hexdigest()}"', X_Repo_Commit=COMMIT)
+            return self.answer(listing(files, file, 'recursive=true' in url.query.lower()))
+        if file not in files:
+            return self.refuse(404, 'EntryNotFound')
+        self.server.loaded.append(file)
+        tag = hashlib.sha1(files[file]).hexdigest()
+        self.answer(files[file], ETag=f'"{tag}"', X_Repo_Commit=COMMIT)
 
     do_HEAD = do_GET
 
     def log_message(self, *args):
         "Say nothing"
+
+
+def listing(files, folder, recursive):
+    "What is in a folder, as the hub says it."
+    items = []
+    for path, content in files.items():
+        if recursive or os.path.dirname(path) == folder:
+            oid = hashlib.sha1(content).hexdigest()
+            items.append(dict(type='file', path=path, size=len(content), oid=oid))
+    if not recursive and not folder:
+        below = {os.path.dirname(path) for path in files} - {''}
+        items += [dict(type='directory', path=path, oid=COMMIT) for path in below]
+    return items
 
 
 @contextmanager

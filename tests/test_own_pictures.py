@@ -1,18 +1,13 @@
 """`egmi train FOLDER`: pictures of one's own become a mapper that loads, generates, and fits the tables."""
-import hashlib
 import io
 import json
 import os
 import shutil
 import subprocess
 import sys
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import urlsplit
 
 import datasets
-import huggingface_hub.constants as hub
 import pandas as pd
 import pytest
 from PIL import Image
@@ -175,80 +170,7 @@ def test_more_samples_than_captions_are_held_out(pictures, command, tmp_path):
     assert status == 2 and 'has 4 held-out pictures, and 5 are asked for: ask for fewer' in line
 
 
-# A dataset of the hub, which is a small server on this machine
-
-COMMIT = 'c' * 40
-
-
-class Hub(BaseHTTPRequestHandler):
-    "The requests that loading a dataset makes; `server.repos` is id -> {path: bytes}."
-
-    def answer(self, data, code=200, **headers):
-        if not isinstance(data, bytes):
-            data = json.dumps(data).encode()
-            headers['Content-Type'] = 'application/json'
-        self.send_response(code)
-        for name, value in (headers | {'Content-Length': str(len(data))}).items():
-            self.send_header(name.replace('_', '-'), value)
-        self.end_headers()
-        if self.command != 'HEAD':
-            self.wfile.write(data)
-
-    def refuse(self, kind):
-        self.answer(b'', 404, X_Error_Code=kind, X_Error_Message=kind)
-
-    def do_GET(self):
-        path = urlsplit(self.path).path.strip('/').removeprefix('api/').removeprefix('datasets/')
-        parts = path.split('/')
-        repo, action, file = '/'.join(parts[:2]), ''.join(parts[2:3]), '/'.join(parts[4:])
-        files = self.server.repos.get(repo)
-        if files is None:
-            self.refuse('RepoNotFound')
-        elif action in ('', 'revision'):
-            self.answer(dict(id=repo, sha=COMMIT, siblings=[dict(rfilename=f) for f in files]))
-        elif action == 'tree':
-            self.answer(self.listing(files, file))
-        elif file in files:
-            tag = hashlib.sha1(files[file]).hexdigest()
-            self.answer(files[file], ETag=f'"{tag}"', X_Repo_Commit=COMMIT)
-        else:
-            self.refuse('EntryNotFound')
-
-    def listing(self, files, folder):
-        folders = {os.path.dirname(path) for path in files} - {folder}
-        items = [dict(type='directory', path=path, oid=COMMIT) for path in folders if not folder]
-        for path, data in files.items():
-            if os.path.dirname(path) == folder:
-                oid = hashlib.sha1(data).hexdigest()
-                items.append(dict(type='file', path=path, size=len(data), oid=oid))
-        return items
-
-    do_HEAD = do_GET
-
-    def log_message(self, *args):
-        "Say nothing"
-
-
-@pytest.fixture
-def server(monkeypatch, tmp_path):
-    "The stand-in, and a client with empty caches that knows no other hub."
-    server = ThreadingHTTPServer(('127.0.0.1', 0), Hub)
-    server.repos = {}
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f'http://127.0.0.1:{server.server_port}'
-    monkeypatch.setattr(hub, 'ENDPOINT', address)
-    monkeypatch.setattr(datasets.config, 'HF_ENDPOINT', address)
-    template = address + '/{repo_id}/resolve/{revision}/{filename}'
-    monkeypatch.setattr(hub, 'HUGGINGFACE_CO_URL_TEMPLATE', template)
-    for config in (hub, datasets.config):
-        monkeypatch.setattr(config, 'HF_HUB_OFFLINE', False)
-    monkeypatch.setattr(hub, 'HF_HUB_DISABLE_XET', True)
-    monkeypatch.setattr(hub, 'HF_HUB_CACHE', str(tmp_path/'hub'))
-    monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', tmp_path/'datasets')
-    yield server
-    server.shutdown()
-    server.server_close()
-
+# A dataset of the hub
 
 def parquet(scenes):
     rows = dict(photo=[scene.image for scene in scenes], alt=[scene.caption for scene in scenes])
