@@ -475,7 +475,7 @@ def start_trainings(
         processes.add(weights)
     return trainings
 
-# %% ../nbs/paper/04_training.ipynb #aa2cd0aa
+# %% ../nbs/paper/04_training.ipynb #f5b4b040
 def show(
     trainings,
     watch, # called with them, or None
@@ -486,6 +486,7 @@ def show(
         watch(trainings)
     processes.wait()
 
+# %% ../nbs/paper/04_training.ipynb #aa2cd0aa
 def train_conditioners(
     conditioners:dict,        # name -> Conditioner, whose parameters are changed in place
     panda:PandaGPT,           # the frozen LLM

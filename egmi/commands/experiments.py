@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'find_notebook', 'parameters_cell', 'declared', 'parse_value', 'parse_yaml', 'parse_parameters',
-           'check_names', 'has_started', 'report_failure', 'run_notebook', 'results_folder', 'run_experiment',
+           'check_given', 'has_started', 'report_failure', 'run_notebook', 'results_folder', 'run_experiment',
            'describe', 'add_experiments']
 
 # %% ../../nbs/commands/06_experiments.ipynb #dd3e33ea
@@ -90,7 +90,7 @@ def parse_parameters(
             raise ValueError(f'no such option or argument: {option}: parameters are set by -p NAME VALUE')
     return parameters
 
-def check_names(
+def check_given(
     parameters:dict,
     known:list # names
 ):
@@ -158,7 +158,7 @@ def run_experiment(
     notebook = find_notebook(experiment)
     with one_line():
         parameters = parse_parameters(context.args)
-        check_names(parameters, declared(notebook))
+        check_given(parameters, declared(notebook))
         run_notebook(notebook, parameters, results_folder(experiment, parameters, out))
 
 # %% ../../nbs/commands/06_experiments.ipynb #3f5da6a1

@@ -80,6 +80,7 @@ def find_preset(
     from egmi.small.rehearsal import choose_preset
     return choose_preset(name, weights)
 
+# %% ../../nbs/commands/02_train.ipynb #8a174b7a
 def check_settings(
     settings:dict, # as `Preset.training` has them
     samples:int,
@@ -130,9 +131,9 @@ def read_parts(
     request:Request
 )->dict:            # split -> examples
     "Pairs to train on, and held-out captions"
-    from egmi.data.captioned import check_source
+    from egmi.data.captioned import check_captioned
     from egmi.evaluation.trainings import training_parts
-    check_source(request.preset, request.data, 'FOLDER')
+    check_captioned(request.preset, request.data, 'FOLDER')
     return training_parts(
         request.preset, request.data, request.settings, request.samples or None, request.samples,
         request.columns, request.max_bad)
@@ -186,6 +187,7 @@ def estimate_cost(
              for row in sample_rows(preset, n_looks, n_looks, 1, rates)]
     return replace(cost, rows=(*cost.rows, *looks, *made))
 
+# %% ../../nbs/commands/02_train.ipynb #845197da
 def count_looks(
     request:Request,
     n_pairs:int
@@ -214,7 +216,7 @@ def check_machine(
     from egmi.base.files import first_existing
     from egmi.evaluation.checks import check_run
     from egmi.evaluation.experiment import check_writable
-    from egmi.data.captioned import check_source
+    from egmi.data.captioned import check_captioned
     from egmi.frozen.weights import FROZEN
     parts = FROZEN
     data = {}
@@ -226,7 +228,7 @@ def check_machine(
     if batch_size < processes.count:
         raise ValueError(f'a batch of {batch_size} pairs is too small for {processes.count} processes: '
                          'start fewer, or raise --batch-size')
-    pairs = partial(check_source, request.preset, request.data, 'FOLDER')
+    pairs = partial(check_captioned, request.preset, request.data, 'FOLDER')
     check_run(request.preset, processes.device, parts, data, 0, more=[pairs])
     check_writable(first_existing(request.out), '--out DIR') # it is not made before the pairs are read
 
@@ -413,7 +415,8 @@ def report(
     if 'table' in record:
         table = pd.DataFrame(record['table']).set_index('system')
         means = [column for column in table if column.endswith('_condition')]
-        print(f'cosines with the conditions of the text encoders, {record["n"]["held_out"]} held-out captions:')
+        n = record['n']['held_out']
+        print(f'cosines with the conditions of the text encoders, {n} held-out captions:')
         print(table[means].round(3).to_string())
         print('(other captions: what a mapper reaches that knows no more than their mean)')
     if request.data and run.preset.toybox:

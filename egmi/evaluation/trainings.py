@@ -87,7 +87,8 @@ def training_recipe(
     if steps is None:
         steps = math.ceil(len(pairs) / settings['batch_size'])
     return dict(
-        preset=preset.name, data=str(data), columns=columns, ids=ids_hash(pairs), pairs=content_hash(pairs)[:12],
+        preset=preset.name, data=str(data), columns=columns,
+        ids=ids_hash(pairs), pairs=content_hash(pairs)[:12],
         n_train=len(pairs), steps=steps, batch_size=settings['batch_size'], lr=settings['lr'],
         lr_tokens=settings['lr_tokens'], warmup_steps=min(settings['warmup_steps'], steps),
         seeds=list(seeds), systems=list(systems))
