@@ -238,7 +238,7 @@ def call(command, tmp_path):
     (['--preset', 'large'], "unknown preset 'large'"),
     (['--weights', 'tiny'], "preset 'mini' has none"),
     (['--steps', '0'], 'steps must be a whole number of 1 or more'),
-    (['--lr', '-1'], '--lr and --lr-tokens must be positive'),
+    (['--lr', '-1'], 'lr and lr_tokens must be positive'),
     (['--steps', 'many'], "Invalid value for '--steps': Input should be a valid integer"),
     (['--stepz', '9'], 'No such option: --stepz')])
 def test_a_wrong_option_is_one_line_and_status_2(options, message, call, tmp_path):

@@ -17,6 +17,7 @@ from ..base.audio import SAMPLE_RATE
 from ..base.config import CACHE, Preset, component_path, folder_from, pick_dtype
 from ..base.files import check_space
 from ..base.memory import free_memory
+from ..data.captioned import check_captioned
 from ..frozen.weights import Source, find_fault, names_of, sources_of
 from ..mapper import BASELINES, MAPPERS, MapperConfig, count_parameters
 from ..model import find_trained
@@ -74,9 +75,11 @@ def check_data(
     preset:Preset,
     parameter:str, # of an experiment
     folder:str,    # its value; empty is Toybox, for a preset that has it
-    corpus:str     # name in `LAYOUTS`
+    corpus:str     # name in `LAYOUTS`, or `captioned pictures`
 ):
     "An error that says which folder of data is to be given, or what it lacks"
+    if corpus == 'captioned pictures':
+        return check_captioned(preset, folder, f'-p {parameter} DIR')
     _, content = LAYOUTS[corpus]
     if not folder:
         if preset.toybox:
@@ -146,7 +149,7 @@ def check_run(
     preset:Preset,
     device,               # torch.device
     parts,                # fields of `Preset` whose weights are loaded
-    data:dict,            # parameter -> (folder or empty, name in `LAYOUTS`)
+    data:dict,            # parameter -> (folder or empty, corpus), as `check_data` takes them
     written:int,          # bytes, from `bytes_written`
     mapper:str|None=None, # trained EGMI, empty for the preset's own; None if none is needed
     more=()               # further checks for `run_checks`
