@@ -7,11 +7,13 @@ __all__ = ['LOOKED_AT', 'SHOWN', 'COLUMNS', 'condition_cosines', 'Progress', 'pr
 
 # %% ../nbs/paper/08_progress.ipynb #cdedd798
 from pathlib import Path
+import warnings
 
 import numpy as np
 import pandas as pd
 import torch.nn.functional as F
 from PIL import Image
+from accelerate.utils.memory import should_reduce_batch_size
 from fastcore.basics import patch
 
 from .base.audio_files import read_audio, wav_bytes
@@ -103,7 +105,13 @@ def sample(
 ):
     "Pictures and sounds of the first captions"
     egmi = EGMI(self.preset, self.panda, conditioner, *self.generators)
-    made = egmi.generate(self.captions[:SHOWN], outputs=outputs, seed=0, progress=False)
+    try:
+        made = egmi.generate(self.captions[:SHOWN], outputs=outputs, seed=0, progress=False)
+    except RuntimeError as e:
+        if not should_reduce_batch_size(e):
+            raise
+        warnings.warn(f'{system}, step {step}: out of memory beside the training, no samples are made')
+        return
     folder = self.samples_folder(system, step)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with replacing(folder) as beside:
@@ -175,6 +183,8 @@ def sheet(
     sounds = {}
     for step in steps:
         folder = self.samples_folder(system, step)
+        if not folder.exists(): # there was no memory
+            continue
         names = sorted(folder.glob('*.wav'), key=lambda path: int(path.stem))
         sounds[f'step {step}'] = [read_audio(path)[0] for path in names]
         images[f'step {step}'] = [Image.open(path) for path in sorted(folder.glob('*.png'))]

@@ -140,7 +140,7 @@ def test_a_run_that_was_cut_short_ends_with_the_same_table(finished, cache, tmp_
 
 @pytest.mark.parametrize('name, error, message', [
     ('data', FileNotFoundError, 'data folder {0} lacks test.csv: it needs'),
-    ('pairs', FileNotFoundError, 'pairs folder {0} lacks annotations/captions_train2017.json: it needs'),
+    ('pairs', ValueError, '{0} has no captioned pictures: add captions.csv'),
     ('audioldms', FileNotFoundError, '{0} lacks tokenizer, text_encoder'),
     ('mapper', ValueError, '{0} holds a Cross mapper, and wanted is: EGMI mapper')])
 def test_what_is_wrong_with_a_folder_is_one_line(tmp_path, name, error, message):
