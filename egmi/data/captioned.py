@@ -17,7 +17,7 @@ from ..base.files import list_files
 from ..base.loading import first_line
 from .corpora import check_enough, coco_parts, is_coco
 from .folders import (
-    CAPTION_COLUMNS, PICTURE_COLUMNS, find_tables, group_by_stem, load_folder)
+    CAPTION_COLUMNS, NO_CAPTIONS, PICTURE_COLUMNS, find_tables, group_by_stem, load_folder)
 from .hub import load_huggingface
 from .tables import pick_column
 from ..frozen.features import unique_pictures
@@ -186,8 +186,7 @@ def check_captioned(
                          "with COCO's pictures and its annotations or dataset_coco.json, or with your own")
     if Path(source).is_dir():
         if not has_captions(Path(source)):
-            raise ValueError(f'{source} has no captioned pictures: add captions.csv, metadata.jsonl or one .txt '
-                             "per picture, or COCO's annotations")
+            raise ValueError(f'{source} {NO_CAPTIONS}')
     elif not may_be_of_hub(source):
         raise FileNotFoundError(f'data: there is no folder {source}: give one with captioned pictures, '
                                 'or owner/name of a dataset of the hub')
