@@ -121,6 +121,7 @@ def sample(
                 one.image.save(beside/f'{i}.png')
             (beside/f'{i}.wav').write_bytes(wav_bytes(one.audio, one.sample_rate))
 
+# %% ../nbs/paper/08_progress.ipynb #e6d6fb23
 @patch
 def look(
     self:Progress,
