@@ -66,7 +66,10 @@ def parse_yaml(
 )->dict: # name -> value
     "Parameters that were set by `-y`"
     import yaml
-    given = yaml.safe_load(text)
+    try:
+        given = yaml.safe_load(text)
+    except yaml.YAMLError:
+        given = None
     if not isinstance(given, dict):
         raise ValueError(f"-y takes a line such as 'seeds: [0, 1]', not {text!r}")
     return given
