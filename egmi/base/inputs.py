@@ -203,6 +203,7 @@ def as_text(
                          'read it with the encoding it was written in') from e
     return str(text)
 
+# %% ../../nbs/base/15_inputs.ipynb #bfb68c6a
 def is_one_text(given)->bool:
     "Whether an array or a table is one text: a table is not the list of its column names"
     return getattr(given, 'ndim', 1) != 1

@@ -74,6 +74,7 @@ def parse_yaml(
         raise ValueError(f"-y takes a line such as 'seeds: [0, 1]', not {text!r}")
     return given
 
+# %% ../../nbs/commands/06_experiments.ipynb #693acf9b
 def parse_parameters(
     words:list # `-p NAME VALUE` and `-y 'NAME: VALUE'`, as often as they were given
 )->dict:       # name -> value
