@@ -93,9 +93,9 @@ def read_run(
     "The record of an experiment; a ValueError if there is none, or one without a table"
     if folder is None:
         return None
-    path = Path(folder)/'run.json'
+    path = f'{folder}/run.json'
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(Path(path).read_text())
         record['table'][0]['system']
     except (OSError, ValueError, KeyError, TypeError, IndexError) as e:
         raise ValueError(f'{path} is not the record of an experiment: give the folder that an '

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SHOWN', 'LONGEST', 'Sample', 'list_made', 'EGMIOutput', 'png_bytes', 'picture_html', 'sample_html', 'slug',
-           'free_stem', 'name_samples', 'file_contents', 'write_files', 'write_with_record']
+           'free_stem', 'name_samples', 'file_contents', 'write_files', 'folder_to_write', 'write_with_record']
 
 # %% ../nbs/paper/05_outputs.ipynb #2efdbd25
 import base64
 import io
+import os
 import re
 import unicodedata
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from fastcore.basics import patch
 
 from .base.audio_files import wav_bytes
 from .base.files import replacing, write_json
+from .base.inputs import describe
 
 # %% ../nbs/paper/05_outputs.ipynb #91c81708
 @dataclass(frozen=True, eq=False, repr=False)
@@ -184,6 +186,23 @@ def write_files(
             beside.write_bytes(data)
     return files
 
+# %% ../nbs/paper/05_outputs.ipynb #65498a4e
+def folder_to_write(
+    folder # any path
+)->Path:
+    "A folder, made if it is missing; an error that names it if it can't be made"
+    if not isinstance(folder, (str, os.PathLike)) or not str(folder):
+        raise TypeError(f'folder must be a path, not {describe(folder)}')
+    folder = Path(folder).expanduser()
+    for place in (folder, *folder.parents):
+        if place.is_file():
+            raise FileExistsError(f'folder {folder} cannot be made: {place} is a file, give another name')
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise type(e)(f'folder {folder} cannot be made: {e.strerror}, give another name') from e
+    return folder
+
 # %% ../nbs/paper/05_outputs.ipynb #4a22ea82
 def write_with_record(
     sample:Sample,
@@ -198,17 +217,14 @@ def write_with_record(
     write_json(files[-1], record)
     return files
 
+# %% ../nbs/paper/05_outputs.ipynb #7724e33a
 @patch
 def save(
     self:EGMIOutput,
     folder  # made if it is missing
 )->list:    # Path of every file, those of the first sample first
     "Write pictures, sounds, texts and how they were made; FileExistsError if a name is taken"
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as e:
-        raise NotADirectoryError(f'{folder} is no folder and cannot become one: give another name') from e
+    folder = folder_to_write(folder)
     with TemporaryDirectory(prefix='.egmi-save-', dir=folder) as beside:
         files = []
         for sample, name in zip(self, name_samples(self)):

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from conftest import ROOT, environment
 
 from egmi import __version__
+from egmi.base.config import MINI
 from egmi.commands import generate
 from egmi.commands.command import app
 from egmi.model import EGMI
@@ -195,17 +196,28 @@ WRONG = [
     ([], 'there is nothing to work on: give prompts, --file FILE'),
     (['  '], 'there is nothing to work on: give prompts, --file FILE'),
     (['a', '--file', 'none.txt'], "Invalid value for '--file': 'none.txt': No such file or directory"),
-    (['a', '--file', 'latin.txt'], "'utf-8' codec can't decode byte 0xe9"),
-    (['a', '--images', 'none.png'], 'picture none.png is missing'),
-    (['a', '--images', 'latin.txt'], 'picture latin.txt cannot be read'),
-    (['a', '--audio', 'none.wav'], 'sound none.wav is missing'),
-    (['a', '--audio', 'latin.txt'], 'sound latin.txt cannot be read'),
+    (['a', '--file', 'latin.txt'], 'latin.txt is no text in UTF-8 ('),
+    (['caf\udce9'], "prompt has no character at 3 but '\\udce9': read it with the encoding"),
+    (['a', '--images', 'none.png'], '--images: picture none.png is missing'),
+    (['a', '--images', 'latin.txt'], '--images: picture latin.txt cannot be read'),
+    (['a', '--images', '.'], '--images: picture . is a folder'),
+    (['a', '--images', ''], '--images is an empty string: give a path or a URL'),
+    (['a', '--images', 'http://127.0.0.1:1/a.png'], '--images: http://127.0.0.1:1/a.png cannot be'),
+    (['a', '--audio', 'none.wav'], '--audio: sound none.wav is missing'),
+    (['a', '--audio', 'latin.txt'], '--audio: sound latin.txt cannot be read'),
+    (['a', '--audio', 'short.wav'], '--audio lasts 6.25 ms: at least 25 ms are needed'),
     (['a', 'b', '--images', 'c', '--images', 'd', '--images', 'e'], '2 text, 3 images, 0 audio: give one'),
     (['a', '--outputs', 'video'], "unknown outputs ['video']: choose from text, image, audio"),
     (['a', '--steps', '0'], "Invalid value for '--steps'"),
+    (['a', '--steps', '1000'], 'steps must be fewer than 1,000, the levels of noise'),
+    (['a', '--samples', '0'], "Invalid value for '--samples'"),
     (['a', '--seed', '-1'], "Invalid value for '--seed'"),
+    (['a', '--seed', str(2**63 - 1), '--samples', '2'], 'seed must be at most 2**63 - 2 for 2 samples'),
     (['a', '--seconds', 'long'], "Invalid value for '--seconds'"),
+    (['a', '--seconds', 'nan'], 'seconds must be a finite number, not nan'),
+    (['a', '--seconds', '1e9'], 'seconds must lie between 0.025 and 600, not 1000000000.0'),
     (['a', '--device', 'cuda:7'], "device 'cuda:7' is not available here: use auto or cpu"),
+    (['a', '--out', 'latin.txt'], "cannot write to out_dir 'latin.txt'"),
     (['a', '--stepz', '3'], 'No such option: --stepz'),
 ]
 
@@ -215,9 +227,36 @@ def test_a_wrong_use_is_one_line_before_anything_is_loaded(words, message, comma
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(generate, 'load', lambda *options: pytest.fail('loaded'))
     (tmp_path/'latin.txt').write_bytes(b'caf\xe9')
+    soundfile.write('short.wav', np.sin(np.arange(100)), 16000)
     status, said, (line,) = command('generate', *words)
     assert (status, said) == (2, '') and line.startswith(f'egmi: {message}')
-    assert os.listdir(tmp_path) == ['latin.txt']
+    assert sorted(os.listdir(tmp_path)) == ['latin.txt', 'short.wav']
+
+
+@pytest.mark.parametrize('words, message', [
+    (['a', '--audio', 'none.wav'], '--audio: sound none.wav is missing'),
+    ([' ', '--audio', 'tone.wav'], 'there is nothing to change: say in a prompt'),
+    (['a', '--audio', 'tone.wav', '--strength', '2'], "Invalid value for '--strength'"),
+    (['a', '--audio', 'tone.wav', '--steps', '1000'], 'steps must be fewer than 1,000'),
+    (['a', '--audio', 'tone.wav', '--device', 'cuda:7'], "device 'cuda:7' is not available here"),
+    (['a'], "Missing option '--audio'"),
+])
+def test_a_wrong_edit_is_one_line(words, message, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(generate, 'load', lambda *options: pytest.fail('loaded'))
+    soundfile.write('tone.wav', np.sin(np.arange(1600)) / 2, 16000)
+    status, said, (line,) = command('edit', *words)
+    assert (status, said) == (2, '') and line.startswith(f'egmi: {message}')
+    assert os.listdir(tmp_path) == ['tone.wav']
+
+
+def test_a_wrong_prompt_needs_no_heavy_package():
+    wrong = 'import sys; from egmi.commands.command import main\n'
+    wrong += 'sys.argv = ["egmi", "generate"]\n'
+    wrong += 'try: main()\nexcept SystemExit as e: print(e.code, "torch" in sys.modules)'
+    process = subprocess.run(
+        [sys.executable, '-c', wrong], check=True, capture_output=True, text=True, cwd=ROOT)
+    assert process.stdout == '2 False\n'
 
 
 @pytest.mark.parametrize('model', ['small', 'paper', 'me/repo', 'latin.txt'])
@@ -233,9 +272,18 @@ def test_a_model_that_is_none_is_one_line(model, command, tmp_path, monkeypatch)
 
 def test_a_model_without_pictures_is_one_line(command, tmp_path, monkeypatch):
     conditioner = SimpleNamespace(mapper=SimpleNamespace(image_head=None))
-    monkeypatch.setattr(generate, 'load', lambda *options: EGMI(None, None, conditioner, None, None))
+    monkeypatch.setattr(generate, 'load', lambda *options: EGMI(MINI, None, conditioner, None, None))
     status, said, (line,) = command('generate', 'a', '--out', tmp_path/'out')
     assert (status, said) == (2, '') and line.endswith('makes no pictures: leave image out of outputs')
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_that_was_there_stays(loaded, command, tmp_path, monkeypatch):
+    def refuse(self, *given, **options):
+        raise ValueError('the prompt is wrong')
+    monkeypatch.setattr(EGMI, 'generate', refuse)
+    for folder in (tmp_path, tmp_path/'new'):
+        assert command('generate', 'a', '--out', folder) == (2, '', ['egmi: the prompt is wrong'])
     assert os.listdir(tmp_path) == []
 
 
@@ -254,7 +302,6 @@ def test_a_failure_is_one_line_with_its_traceback_in_a_file(loaded, command, tmp
     (['ablation', '--steps', '3'], 'no such option or argument: --steps: parameters are set by -p'),
     (['draw'], "No such command 'draw'"),
     (['evaluate', 'a'], "Missing argument 'generated'"),
-    (['edit', 'a'], "Missing option '--audio'"),
     (['weights', '--fetch'], 'No such option: --fetch')])
 def test_other_wrong_uses_are_one_line(words, message, command):
     status, said, (line,) = command(*words)

@@ -13,10 +13,12 @@ from egmi.base.config import get_preset
 from egmi.base.inputs import read_inputs
 from egmi.mapper import GILLMapper, MapperConfig
 from egmi.model import EGMI
+from egmi.outputs import EGMIOutput
 
 PICTURE = Image.new('RGB', (8, 8))
 WAVE_T = np.sin(np.arange(16_000) / 10).astype(np.float32)
 SMALL = MapperConfig(d_llm=8, d_model=8, n_heads=2, n_encoder_layers=1, n_decoder_layers=1, d_ff=8)
+EMPTY = EGMIOutput(['a dog'], None, None, 16_000, ['what is this?'], [0])
 STEREO_2T = torch.from_numpy(np.stack([WAVE_T, WAVE_T]))
 
 
@@ -83,14 +85,24 @@ RATE = 'sample_rate must be a whole number from 1,000 to 10,000,000 Hz, not'
     (dict(text='a dog', seed=[1, 2]), ValueError, '2 seeds for 1 samples: give one, or one for each'),
     (dict(text='a dog', seed=1, generator=torch.Generator()), ValueError, 'seed and generator were given'),
     (dict(text='a dog', steps=-1), ValueError, f'steps {NUMBER} -1'),
-    (dict(text='a dog', seconds=0), ValueError, 'seconds must be at least 0.025, not 0'),
+    (dict(text='a dog', seconds=0), ValueError, 'seconds must lie between 0.025 and 600, not 0'),
     (dict(text='a dog', seconds='5'), ValueError, "seconds must be a finite number, not '5'"),
     (dict(text='a dog', guidance_image='7'), ValueError, "guidance_image must be a finite number, not '7'"),
     (dict(text='a dog', negative=5), TypeError, 'negative must be a string, not 5'),
     (dict(text='a dog', negative=['a', 'b']), ValueError, 'negative has 2 texts for 1 prompts: give one, or'),
     (dict(text='a dog', samples=0), ValueError, f'samples {NUMBER} 0'),
     (dict(text='a dog', max_new_tokens=0), ValueError, f'max_new_tokens {NUMBER} 0'),
-    (dict(text='a dog', callback=5), TypeError, 'callback must be a function or None, not 5'),
+    (dict(text='a dog', callback=5), TypeError, 'callback must be a function of three arguments'),
+    (dict(text='caf\udce9'), ValueError, r"text has no character at 3 but '\udce9': read it with"),
+    (dict(images=''), ValueError, 'images is an empty string: give a path or a URL'),
+    (dict(images='.'), ValueError, 'images: picture . is a folder: replace it or leave it out'),
+    (dict(audio=EMPTY), ValueError, 'audio is an output without sounds: make it with audio in outputs'),
+    (dict(text='a dog', steps=1000), ValueError, 'steps must be fewer than 1,000, the levels of noise'),
+    (dict(text='a dog', seconds=1e9), ValueError, 'seconds must lie between 0.025 and 600, not 1000000000.0'),
+    (dict(text='a dog', seconds=float('nan')), ValueError, 'seconds must be a finite number, not nan'),
+    (dict(text='a dog', seed=2**63 - 1, samples=2), ValueError, 'seed must be at most 2**63 - 2 for 2'),
+    (dict(text='a dog', seed=np.array(1.)), ValueError, 'seed must be a whole number from 0'),
+    (dict(text='a dog', callback=lambda step: None), TypeError, 'callback must take three arguments'),
 ], ids=lambda value: ' '.join(value) if isinstance(value, dict) else '')
 def test_generate_refuses(given, error, message, model):
     refuse(error, message, model.generate, **given)
@@ -113,7 +125,7 @@ def test_generate_refuses_what_the_mapper_has_no_head_for(outputs, model):
     (dict(audio=(16_000, WAVE_T), steps=0), ValueError, f'steps {NUMBER} 0'),
     (dict(audio=(16_000, WAVE_T), samples=0), ValueError, f'samples {NUMBER} 0'),
     (dict(audio=(16_000, WAVE_T), generator=0), TypeError, 'give a number as seed'),
-    (dict(audio=(16_000, WAVE_T), callback='x'), TypeError, "callback must be a function or None, not 'x'"),
+    (dict(audio=(16_000, WAVE_T), callback='x'), TypeError, "and those of all samples; not 'x'"),
 ], ids=lambda value: ' '.join(value) if isinstance(value, dict) else '')
 def test_edit_refuses(given, error, message, model):
     refuse(error, message, model.edit, 'louder', **given)
@@ -146,15 +158,23 @@ def test_from_pretrained_refuses_a_device(device, monkeypatch):
     ('sound.wav', FileExistsError, 'sound.wav is a file, give another name'),
     ('sound.wav/egmi', FileExistsError, 'sound.wav is a file, give another name'),
     (5, TypeError, 'folder must be a path, not 5'),
+    ('', TypeError, "folder must be a path, not ''"),
+    ('/dev/null/egmi', NotADirectoryError, 'folder /dev/null/egmi cannot be made: Not a directory, give'),
 ])
-def test_save_pretrained_refuses_a_folder(folder, error, message, tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_written_to_is_refused(folder, error, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path/'sound.wav').write_text('kept')
     mapper = object.__new__(egmi.model.MAPPERS['EGMI mapper'])
     model = EGMI(get_preset('mini'), None, SimpleNamespace(mapper=mapper), None, None)
     refuse(error, message, model.save_pretrained, folder)
+    refuse(error, message, EMPTY.save, folder)
     assert [path.name for path in tmp_path.iterdir()] == ['sound.wav']
     assert (tmp_path/'sound.wav').read_text() == 'kept'
+
+
+def test_sharing_refuses_what_is_no_name_and_no_run(model):
+    refuse(TypeError, 'repo_id must be a string, not None', model.push_to_hub, None)
+    refuse(ValueError, '5/run.json is not the record of an experiment', model.push_to_hub, 'me/bells', 5)
 
 
 # Rows of a dataset

@@ -57,6 +57,8 @@ def opened(
         raise
     except FileNotFoundError as e:
         raise bad_file(kind, file, 'is missing') from e
+    except IsADirectoryError as e:
+        raise bad_file(kind, file, 'is a folder') from e
     except Exception as e:
         raise bad_file(kind, file, 'cannot be read') from e
 

@@ -93,6 +93,8 @@ def openable(
         return Held(bytes(given), f'of {len(given):,} bytes')
     if is_url(given):
         return Held(fetch_url(given, name), given)
+    if isinstance(given, str) and not given:
+        raise ValueError(f'{name} is an empty string: give a path or a URL')
     if isinstance(given, (str, os.PathLike)):
         return Path(given).expanduser()
     return None
@@ -191,11 +193,17 @@ def as_text(
     text,     # a string
     name:str  # of the parameter
 )->str:
-    "A text, or a TypeError"
+    "A text; a TypeError for anything else, a ValueError for bytes that were taken for one"
     if not isinstance(text, str):
         raise TypeError(f'{name} must be a string, not {describe(text)}')
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(f'{name} has no character at {e.start} but {text[e.start]!r}: '
+                         'read it with the encoding it was written in') from e
     return str(text)
 
+# %% ../../nbs/base/15_inputs.ipynb #bfb68c6a
 def is_one_text(given)->bool:
     "Whether an array or a table is one text: a table is not the list of its column names"
     return getattr(given, 'ndim', 1) != 1
@@ -253,6 +261,8 @@ def read_sounds(
     if sample_rate is not None:
         checked_rate(sample_rate)
     if hasattr(audio, 'audio') and hasattr(audio, 'sample_rate'):
+        if audio.audio is None:
+            raise ValueError('audio is an output without sounds: make it with audio in outputs')
         sample_rate = audio.sample_rate
         audio = list(audio.audio) if audio.audio.ndim == 2 else audio.audio
     return one_or_many(audio, 'audio', is_one_sound, partial(as_sound, sample_rate=sample_rate))

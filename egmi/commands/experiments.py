@@ -66,11 +66,15 @@ def parse_yaml(
 )->dict: # name -> value
     "Parameters that were set by `-y`"
     import yaml
-    given = yaml.safe_load(text)
+    try:
+        given = yaml.safe_load(text)
+    except yaml.YAMLError:
+        given = None
     if not isinstance(given, dict):
         raise ValueError(f"-y takes a line such as 'seeds: [0, 1]', not {text!r}")
     return given
 
+# %% ../../nbs/commands/06_experiments.ipynb #693acf9b
 def parse_parameters(
     words:list # `-p NAME VALUE` and `-y 'NAME: VALUE'`, as often as they were given
 )->dict:       # name -> value

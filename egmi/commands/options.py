@@ -7,6 +7,7 @@ __all__ = ['GIVEN', 'make_app', 'named', 'speaks', 'refuse', 'one_line']
 
 # %% ../../nbs/commands/01_options.ipynb #dfb714cc
 from contextlib import contextmanager
+from pathlib import Path
 import os
 import sys
 
@@ -53,9 +54,13 @@ def one_line(
     folder='' # gets `error.txt` with the traceback of what failed
 ):
     "An error is one line on stderr: status 2 if something given is wrong, 1 if something failed"
-    from egmi.base.processes import ALONE, one_line_errors
-    with one_line_errors(ALONE, folder):
-        try:
-            yield
-        except GIVEN as e:
-            refuse(e)
+    try:
+        yield
+    except GIVEN as e:
+        refuse(e)
+    except (Exception, KeyboardInterrupt):
+        from egmi.base.processes import ALONE, one_line_errors
+        with one_line_errors(ALONE, folder):
+            raise
+    if folder:
+        (Path(folder)/'error.txt').unlink(missing_ok=True) # of a run before
