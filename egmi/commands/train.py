@@ -102,7 +102,7 @@ def make_request(
     settings = recipe_for(chosen.training, data) | given
     check_settings(settings, memory)
     parse_columns(options['columns'])
-    name = Path(data).name if data else 'trained'
+    name = Path(data).resolve().name if data else 'trained' # also of `.` and `birds/`
     return Request(
         preset=with_steps(chosen, sampling_steps), weights=weights, data=data,
         systems=parse_systems(systems), seeds=parse_seeds(seeds), settings=settings, samples=samples,
