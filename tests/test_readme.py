@@ -10,6 +10,7 @@ import soundfile
 from PIL import Image
 
 from conftest import ROOT
+from egmi.toybox.scenes import toybox
 from stand_in import TOKEN
 
 README = (ROOT/'README.md').read_text()
@@ -27,10 +28,10 @@ def find_block(text):
     return block
 
 
-def commands():
-    "The lines that call `egmi generate` and `egmi edit`."
+def commands(*names):
+    "The lines that call `egmi` by one of these names."
     lines = [line for block in blocks('sh') for line in block.splitlines()]
-    return [line for line in lines if line.startswith(('egmi generate ', 'egmi edit '))]
+    return [line for line in lines if line.startswith(tuple(f'egmi {name} ' for name in names))]
 
 
 def test_every_python_block_is_run_here():
@@ -58,7 +59,7 @@ def test_sharing(tmp_path, monkeypatch, server):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('line', commands())
+@pytest.mark.parametrize('line', [line for line in commands('generate', 'edit') if '--model' not in line])
 def test_commands_make_samples(line, command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path/'prompts.txt').write_text('a dog\na cat in the rain\n')
@@ -71,3 +72,20 @@ def test_commands_make_samples(line, command, tmp_path, monkeypatch):
     manifest, = tmp_path.glob('*/manifest.jsonl')
     files = [name for text in manifest.read_text().splitlines() for name in json.loads(text)['files']]
     assert files and said.splitlines() == [f'{manifest.parent.name}/{name}' for name in files]
+
+
+@pytest.mark.slow
+def test_training_on_own_pictures(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'birds').mkdir()
+    for i, scene in enumerate(toybox('train', 12)):
+        scene.image.save(f'birds/{i}.png')
+        (tmp_path/f'birds/{i}.txt').write_text(scene.caption)
+    train, = [line for line in commands('train') if 'birds/' in line]
+    generate, = [line for line in commands('generate') if '--model' in line]
+    for line, short in ((train, ['--steps', '2', '--sampling-steps', '2']), (generate, ['--steps', '2'])):
+        words = shlex.split(line, comments=True)
+        status, _, errors = command(*words[1:], *short)
+        assert (status, errors) == (0, [])
+    assert {'progress.png', 'samples.png'} <= {*os.listdir('birdsong')}
+    assert len(os.listdir('generated')) == 3
