@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FEW_STEPS', 'Request', 'parse_systems', 'parse_seeds', 'find_preset', 'make_request', 'read_parts', 'count_pairs',
            'count_read', 'estimate_cost', 'count_looks', 'print_costs', 'check_machine', 'check_disk',
-           'prepare_rehearsal', 'make_recipe', 'make_samples', 'predict', 'sample', 'run_request', 'work', 'report',
-           'train', 'start']
+           'prepare_rehearsal', 'make_recipe', 'make_samples', 'predict', 'sample', 'prepare', 'carry_out', 'work',
+           'report', 'train', 'start']
 
 # %% ../../nbs/commands/02_train.ipynb #fe8a22ac
 from contextlib import nullcontext, redirect_stdout
@@ -116,11 +116,16 @@ def read_parts(
 )->dict:            # split -> examples
     "Pairs to train on, and held-out captions"
     from egmi.data.captioned import check_captioned
+    from egmi.data.corpora import check_enough
     from egmi.evaluation.trainings import training_parts
+    from egmi.progress import LOOKED_AT
     check_captioned(request.preset, request.data, 'FOLDER')
-    return training_parts(
-        request.preset, request.data, request.settings, request.samples or None, request.samples,
+    n_toybox = max(request.samples, LOOKED_AT)
+    parts = training_parts(
+        request.preset, request.data, request.settings, None if request.data else n_toybox, request.samples,
         request.columns, request.max_bad)
+    check_enough(parts['test'], request.samples, 'held-out pictures', request.data)
+    return parts
 
 def count_pairs(
     request:Request
@@ -329,11 +334,11 @@ def sample(
 # %% ../../nbs/commands/02_train.ipynb #84b98835
 FEW_STEPS = 100 # a mapper has hardly left where it began
 
-def run_request(
+def prepare(
     request:Request,
     processes
-):
-    "Train and make samples, as far as it is not done yet"
+)->tuple: # Request, Experiment, recipe, split -> examples, whether the training is finished
+    "Check and read all that was given, and have a folder for the results"
     from egmi.data.corpora import audiocaps_clips
     from egmi.evaluation.costs import nearest_card
     from egmi.evaluation.experiment import Experiment
@@ -353,21 +358,42 @@ def run_request(
         print(f'one pass over the pairs has {recipe["steps"]:,} steps, too few to learn much: give --steps')
     finished = (request.out/'run.json').exists()
     begin_training(request.out, parts['train'], recipe, request.command, processes)
-    if processes.is_main:
-        run.start(recipe, request.out)
     if finished:
         find_training(request.out, request.preset.name)
-    if not finished or request.samples or request.sounds:
-        work(request, run, recipe, parts, finished, processes)
-    report(request, run)
+    return request, run, recipe, parts, finished
 
 # %% ../../nbs/commands/02_train.ipynb #526c623b
+def carry_out(
+    request:Request,
+    run,           # Experiment
+    recipe:dict,
+    parts:dict,    # split -> examples
+    finished:bool, # whether the training is
+    processes
+):
+    "Train and make samples, as far as it is not done yet"
+    if processes.is_main:
+        run.start(recipe, request.out)
+    wanted = {}
+    if request.samples:
+        wanted = {split: part for split, part in parts.items() if split != 'train'}
+        wanted['test'] = parts['test'][:request.samples]
+    if request.sounds:
+        wanted['audiocaps'] = parts['audiocaps']
+    if not finished or wanted:
+        work(request, run, recipe, parts, finished, wanted, processes)
+    if processes.is_main:
+        (request.out/'error.txt').unlink(missing_ok=True) # of a run before
+    report(request, run)
+
+# %% ../../nbs/commands/02_train.ipynb #ad35b0dd
 def work(
     request:Request,
     run,           # Experiment
     recipe:dict,
     parts:dict,    # split -> examples
     finished:bool, # whether the training is
+    wanted:dict,   # split -> examples of which samples are made
     processes
 ):
     "Load the frozen parts, train, make samples"
@@ -384,12 +410,8 @@ def work(
         JointTraining(
             run, request.out, panda, generators, parts['train'], plan, recipe, request.command,
             request.memory, processes, [e.caption for e in parts['test']], request.save_every).train()
-    wanted = [split for split in parts if split != 'train'] if request.samples else []
-    if request.sounds and not wanted:
-        wanted = ['audiocaps']
     if wanted:
-        held_out = {split: parts[split] for split in wanted}
-        make_samples(request, run, held_out, panda, generators, processes)
+        make_samples(request, run, wanted, panda, generators, processes)
     print(run.stage_table().to_string())
 
 # %% ../../nbs/commands/02_train.ipynb #955c1e15
@@ -399,6 +421,7 @@ def report(
 ):
     "Print cosines of held-out captions, and where the systems are"
     import pandas as pd
+    from egmi.evaluation.trainings import full_name
     record = json.loads((request.out/'run.json').read_text())
     if 'table' in record:
         table = pd.DataFrame(record['table']).set_index('system')
@@ -410,8 +433,9 @@ def report(
     if request.data and run.preset.toybox:
         print('Generators are frozen, and those of this preset know nothing but Toybox: '
               'everything is drawn and played in its style.')
+    first = request.out/full_name(request.systems[0], request.seeds[0])
     print(f'preset {run.title}: {", ".join(request.systems)} in {request.out}; '
-          f'`egmi generate PROMPT --model {shlex.quote(str(request.out))}`')
+          f'`egmi generate PROMPT --model {shlex.quote(str(first))}`')
 
 # %% ../../nbs/commands/02_train.ipynb #2c702192
 def train(
@@ -467,8 +491,10 @@ def start(
             return print_costs(request, processes=1)
     with one_line():
         processes = start_processes(device, log_with, request.out)
-    alone = processes.count == 1 # else one may fail alone, and the others must not wait for it
-    errors = one_line(request.out) if alone else one_line_errors(processes, request.out)
     quiet = nullcontext() if processes.is_main else redirect_stdout(io.StringIO())
-    with errors, quiet:
-        run_request(request, processes)
+    failure = partial(one_line_errors, processes, request.out)
+    alone = processes.count == 1 # else one may fail alone, and the others must not wait for it
+    with one_line() if alone else failure(), quiet:
+        job = prepare(request, processes)
+    with failure(), quiet:
+        carry_out(*job, processes)

@@ -324,7 +324,7 @@ def cosines(self:JointTraining)->pd.DataFrame:
             f'{name}, before training': (of_system[of_system.step == 0], 'condition'),
             f'{name}, other captions': (last, 'other')}
         for row_name, (part, kind) in kinds.items():
-            part = part.dropna(axis='columns') # a system without an image half has no cosine there
+            part = part.dropna(axis='columns', how='all') # a system without an image half has no cosine there
             scores = {f'{half}_condition': part[f'{half}_{kind}'].to_numpy()
                       for half in ('clip', 'clap') if f'{half}_{kind}' in part}
             row = dict(system=row_name) | {column: x_N.mean() for column, x_N in scores.items()}
@@ -344,6 +344,8 @@ def draw_progress(
         'progress.png': progress_figure(losses, self.progress.table, f'preset {self.run.title}'),
         'samples.png': self.progress.sheet(shown)}
     for name, figure in figures.items():
+        if figure is None:
+            continue
         with replacing(self.folder/name) as beside:
             figure.savefig(beside, dpi=120, format='png')
         plt.close(figure)
