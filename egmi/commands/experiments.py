@@ -134,7 +134,7 @@ def run_notebook(
     from papermill import PapermillExecutionError, execute_notebook
     with TemporaryDirectory() as folder:
         executed = Path(folder)/notebook.name
-        quiet = dict(progress_bar=False, extra_arguments=['--log-level=ERROR']) # of the kernel
+        quiet = dict(progress_bar=False, extra_arguments=['--log-level=CRITICAL']) # of the kernel
         printed = dict(stdout_file=sys.stdout, stderr_file=sys.stderr)
         try:
             execute_notebook(
