@@ -58,6 +58,7 @@ def flatten(
     rounds = zip_longest(*pictures)
     return [example for examples in rounds for example in examples if example]
 
+# %% ../../nbs/data/07_captioned.ipynb #e80a2e08
 def keep_new(
     test:list,  # held-out examples
     train:list, # examples to train on

@@ -115,6 +115,7 @@ def read_table_rows(
         rows.append(row)
     return rows
 
+# %% ../../nbs/data/03_folders.ipynb #001ce286
 def find_tables(
     folder:Path,
     columns:tuple=() # as `read_table_rows` takes them
