@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ..base.audio_files import SOUNDS, UNREAD, read_audio
 from ..base.files import explain_mismatch, list_files
-from ..base.images import IMAGES, read_image
+from ..base.images import IMAGES, check_image
 from .examples import (
     broken_example, examples_of_row, file_problem, is_blank, keep_good_examples)
 from .tables import (
@@ -169,7 +169,7 @@ def load_folder(
     sounds:bool=True, # look for them, in a column or beside the pictures
     **check           # `max_bad` and `decode` of `keep_good_examples`
 )->list:              # FileExample, in the order of the captions
-    "Examples of a user's folder; every file is read once to check it"
+    "Examples of a user's folder, whose files are checked"
     folder = Path(folder)
     find_problem = lru_cache(None)(file_problem)
     sounds_in = lru_cache(None)(partial(group_by_stem, suffixes=SOUNDS + UNREAD))
@@ -189,7 +189,7 @@ def load_folder(
                 sound = find_sound(folder, row, image, sounds_in)
         except ValueError as e:
             problem = str(e)
-        problem = problem or find_problem(read_image, image)
+        problem = problem or find_problem(check_image, image)
         if not problem and sound:
             problem = find_problem(read_audio, sound)
         id = f'{name}/{n_captions[name]}' if n_captions[name] else name
