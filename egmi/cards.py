@@ -134,6 +134,9 @@ def describe_results(
     seeds = ', '.join(map(str, record['seeds']))
     how = f'Measured with preset {record["config"]["preset"]} (items: {counts}; seeds: {seeds}); '
     how += 'in brackets 95 % bootstrap intervals.'
+    if any(metric.endswith('_condition') for metric in metrics):
+        how += ' `clip_condition` and `clap_condition` are cosines of predicted conditions '
+        how += 'with those of the text encoders.'
     header = ['metric'] + [row['system'] for row in rows]
     return f'## Results\n\n{how}\n\n' + table_lines(header, lines)
 
