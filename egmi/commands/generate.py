@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENDINGS', 'Prompt', 'pair_up', 'read_texts', 'check_inputs', 'as_inputs', 'is_taken', 'write_samples', 'load',
-           'batches', 'folder_for', 'generate', 'edit']
+           'batches', 'folder_for', 'make_files', 'generate', 'edit']
 
 # %% ../../nbs/commands/03_generate.ipynb #730b2e08
 from contextlib import contextmanager
@@ -149,6 +149,28 @@ def folder_for(
             folder.rmdir()
         raise
 
+# %% ../../nbs/commands/03_generate.ipynb #c22390bc
+def make_files(
+    how:str,       # generate or edit, a method of `EGMI`
+    prompts:list,  # of `Prompt`
+    seeds:list,    # one for each sample of a prompt
+    options:dict,  # of the method
+    model:str,     # as `load` takes it
+    device:str,
+    out:str,       # folder of the files
+    size:int=None  # samples that are made at once; None is as many as the preset has
+):
+    "Load the models, make samples of prompts, write them"
+    from egmi.base.config import pick_device
+    pick_device(device)
+    with folder_for(out) as folder:
+        egmi = load(model, device)
+        make = getattr(egmi, how)
+        rows = [(prompt, seed) for prompt in prompts for seed in seeds]
+        for batch, batch_seeds in batches(rows, size or egmi.preset.sampling_batch):
+            made = make(**as_inputs(batch), seed=batch_seeds, **options)
+            write_samples(folder, batch, made, options | dict(model=model, egmi=__version__))
+
 # %% ../../nbs/commands/03_generate.ipynb #49a641fe
 def generate(
     prompts:Annotated[list[str], Argument(help='texts, each in quotes', show_default=False)]=None,
@@ -169,19 +191,12 @@ def generate(
         texts = read_texts(prompts, file)
         given = pair_up(text=texts, images=images or [], audio=audio or [])
         check_inputs(given)
-        from egmi.base.config import pick_device
         from egmi.model import check_outputs, check_recipe, draw_seeds
         outputs = check_outputs([name.strip() for name in outputs.split(',')])
         check_recipe(steps, seconds)
         seeds = draw_seeds(samples, seed)
-        pick_device(device)
-        with folder_for(out) as folder:
-            egmi = load(model, device)
-            options = dict(outputs=outputs, steps=steps, seconds=seconds)
-            rows = [(prompt, seed) for prompt in given for seed in seeds]
-            for batch, seeds in batches(rows, egmi.preset.sampling_batch):
-                made = egmi.generate(**as_inputs(batch), seed=seeds, **options)
-                write_samples(folder, batch, made, options | dict(model=model, egmi=__version__))
+        options = dict(outputs=outputs, steps=steps, seconds=seconds)
+        make_files('generate', given, seeds, options, model, device, out)
 
 # %% ../../nbs/commands/03_generate.ipynb #e12a78d3
 def edit(
@@ -202,15 +217,7 @@ def edit(
             raise ValueError('there is nothing to change: say in a prompt what is to change')
         given = pair_up(text=texts, images=[], audio=audio)
         check_inputs(given)
-        from egmi.base.config import pick_device
         from egmi.model import check_recipe, draw_seeds
         check_recipe(steps)
         seeds = draw_seeds(samples, seed)
-        pick_device(device)
-        with folder_for(out) as folder:
-            egmi = load(model, device)
-            options = dict(strength=strength, steps=steps)
-            rows = [(prompt, seed) for prompt in given for seed in seeds]
-            for batch, seeds in batches(rows, 1):
-                made = egmi.edit(**as_inputs(batch), seed=seeds, **options)
-                write_samples(folder, batch, made, options | dict(model=model, egmi=__version__))
+        make_files('edit', given, seeds, dict(strength=strength, steps=steps), model, device, out, 1)
