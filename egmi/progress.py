@@ -16,13 +16,14 @@ from PIL import Image
 from accelerate.utils.memory import should_reduce_batch_size
 from fastcore.basics import patch
 
-from .base.audio_files import read_audio, wav_bytes
+from .base.audio_files import read_audio
 from .base.drawing import sample_sheet
 from .base.files import replacing, write_table
 from .base.fitting import smooth
 from .base.loading import first_line
 from .mapper import Conditions
 from .model import EGMI
+from .outputs import write_files
 from .training import ComputedPrefixes, Prompts, predict_conditions, text_targets
 
 # %% ../nbs/paper/08_progress.ipynb #8bdb8674
@@ -130,9 +131,7 @@ def sample(
     with replacing(folder) as beside:
         beside.mkdir()
         for i, one in enumerate(made):
-            if one.image is not None:
-                one.image.save(beside/f'{i}.png')
-            (beside/f'{i}.wav').write_bytes(wav_bytes(one.audio, one.sample_rate))
+            write_files(one, beside, str(i))
 
 # %% ../nbs/paper/08_progress.ipynb #e6d6fb23
 @patch
