@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ..base.audio_files import SOUNDS, UNREAD, read_audio
 from ..base.files import explain_mismatch, list_files
-from ..base.images import IMAGES, check_image
+from ..base.images import IMAGES
 from .examples import (
     broken_example, examples_of_row, file_problem, is_blank, keep_good_examples)
 from .tables import (
@@ -189,7 +189,6 @@ def load_folder(
                 sound = find_sound(folder, row, image, sounds_in)
         except ValueError as e:
             problem = str(e)
-        problem = problem or find_problem(check_image, image)
         if not problem and sound:
             problem = find_problem(read_audio, sound)
         id = f'{name}/{n_captions[name]}' if n_captions[name] else name
