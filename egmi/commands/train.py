@@ -115,11 +115,9 @@ def read_parts(
     request:Request
 )->dict:            # split -> examples
     "Pairs to train on, and held-out captions"
-    from egmi.data.captioned import check_captioned
     from egmi.data.corpora import check_enough
     from egmi.evaluation.trainings import training_parts
     from egmi.progress import LOOKED_AT
-    check_captioned(request.preset, request.data, 'FOLDER')
     n_toybox = max(request.samples, LOOKED_AT)
     parts = training_parts(
         request.preset, request.data, request.settings, None if request.data else n_toybox, request.samples,
@@ -131,8 +129,10 @@ def count_pairs(
     request:Request
 )->tuple:           # pairs, pictures
     "How much there is to train on"
+    from egmi.data.captioned import check_captioned
     from egmi.data.corpora import COCO_CAPTIONS, COCO_PICTURES
     if request.data:
+        check_captioned(request.preset, request.data, 'FOLDER')
         return count_read(read_parts(request)['train'])
     n_pairs = request.settings['n_train'] or COCO_CAPTIONS
     return n_pairs, min(n_pairs, n_pairs if request.preset.toybox else COCO_PICTURES)
